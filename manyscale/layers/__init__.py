@@ -1,0 +1,1 @@
+"""Small modules that take numbers, never a configuration."""

@@ -1,0 +1,55 @@
+"""Window attention with either similarity (Swin V1 section 3.2, V2 section 3.2)."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from manyscale.ops.attention import Path, attend, unit
+from manyscale.ops.windows import Layout, enter, leave
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows, from a grid of tokens to the same grid.
+
+    Dot: q k / sqrt(d), biases on q, k and v. Cosine: cos(q, k) exp(s) with one learnt s per head, capped at ln 100
+    (temperature 0.01); no bias on k, which under cosine would be another function.
+    """
+
+    def __init__(self, width: int, heads: int, similarity: Literal["dot", "cosine"], bias: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.similarity, self.dropout = heads, similarity, dropout
+        self.attention_path: Path = "auto"
+        self.qkv = nn.Linear(width, 3 * width, bias=similarity == "dot")
+        if similarity == "cosine":
+            self.q_bias = nn.Parameter(torch.empty(width))
+            self.v_bias = nn.Parameter(torch.empty(width))
+            self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1))
+        self.bias = bias
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+        self.initialise()
+
+    def initialise(self) -> None:
+        if self.similarity == "cosine":
+            nn.init.zeros_(self.q_bias)
+            nn.init.zeros_(self.v_bias)
+            nn.init.constant_(self.logit_scale, math.log(10))
+
+    def forward(self, x: Tensor, layout: Layout, index: Tensor, coordinates: Tensor | None) -> Tensor:
+        """(B, *grid, C) -> (B, *grid, C); `layout` says how the grid is cut, the rest what the position bias reads."""
+        q, k, v = self.qkv(enter(x, layout)).chunk(3, dim=-1)  # (B, W, N, C) each
+        if self.similarity == "cosine":
+            q, v = q + self.q_bias, v + self.v_bias
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in (q, k, v))  # (B, W, H, N, d)
+        if self.similarity == "cosine":
+            # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding
+            scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).clamp(max=math.log(100)).exp()
+            q, k = (unit(q) * scale).to(v.dtype), unit(k).to(v.dtype)
+        else:
+            q = q * q.shape[-1] ** -0.5
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q, k, v, self.bias(index, coordinates), layout.mask, dropout=dropout, path=self.attention_path)
+        out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
+        return self.proj_drop(self.proj(leave(out, layout)))

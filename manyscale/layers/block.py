@@ -1,0 +1,63 @@
+"""Residual branches with every norm placement of the Swin V2 paper (Table 7), and the block made of two of them."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+Norm = Literal["pre", "post", "sandwich", "res-post"]
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (exact), linear."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)"""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class Residual(nn.Module):
+    """x + branch(x) with its norm: before the branch (pre), at its end (res-post), both (sandwich), or after the sum (post).
+
+    `zero_init` starts the norm at a branch's end at zero, weight and bias: the block begins as the identity.
+    """
+
+    def __init__(self, branch: nn.Module, width: int, norm: Norm, drop_path: float = 0.0, zero_init: bool = False) -> None:
+        super().__init__()
+        self.branch, self.zero_init = branch, zero_init
+        self.norm_in = nn.LayerNorm(width) if norm in ("pre", "sandwich") else nn.Identity()
+        self.norm_out = nn.LayerNorm(width) if norm in ("res-post", "sandwich") else nn.Identity()
+        self.norm_sum = nn.LayerNorm(width) if norm == "post" else nn.Identity()
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def initialise(self) -> None:
+        if self.zero_init and isinstance(self.norm_out, nn.LayerNorm):
+            nn.init.zeros_(self.norm_out.weight)
+            nn.init.zeros_(self.norm_out.bias)
+
+    def forward(self, x: Tensor, *context: object) -> Tensor:
+        """(..., C) -> (..., C); `context` goes to the branch."""
+        return self.norm_sum(x + self.drop_path(self.norm_out(self.branch(self.norm_in(x), *context))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each a residual branch; in the largest nets a norm on the main branch behind them."""
+
+    def __init__(
+        self, width: int, attention: nn.Module, mlp: nn.Module, norm: Norm, *, drop_path: float, zero_init: bool, extra_norm: bool
+    ) -> None:
+        super().__init__()
+        self.attention = Residual(attention, width, norm, drop_path, zero_init)
+        self.mlp = Residual(mlp, width, norm, drop_path, zero_init)
+        self.extra_norm = nn.LayerNorm(width) if extra_norm else nn.Identity()
+
+    def forward(self, x: Tensor, *context: object) -> Tensor:
+        """(..., C) -> (..., C); `context` goes to the attention."""
+        return self.extra_norm(self.mlp(self.attention(x, *context)))

@@ -1,0 +1,121 @@
+"""Swin Transformer V1 and V2 on images and clips: one file, three switches.
+
+    similarity {dot, cosine} x norm {pre, post, sandwich, res-post} x bias {table, linear-cpb, log-cpb}
+
+V1 (arXiv 2103.14030) is dot, pre, table; V2 (arXiv 2111.09883) is cosine, res-post, log-cpb.
+Letters: B batch, grid = (h, w) or (t, h, w) tokens, C channels, D_i channels of stage i, N tokens of a window.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manyscale.config import Preprocess, SwinConfig
+from manyscale.layers.attention import WindowAttention
+from manyscale.layers.block import Block, Mlp
+from manyscale.layers.patch import PatchEmbed, PatchMerge
+from manyscale.layers.position_bias import ContinuousBias, TableBias
+from manyscale.ops.positions import relative_coordinates, relative_index
+from manyscale.ops.windows import layout
+
+
+class Features(NamedTuple):
+    """What a backbone sees."""
+
+    stages: tuple[Tensor, ...]  # (B, D_i, [t_i,] h_i, w_i), finest first, before each merging
+    pooled: Tensor  # (B, D): the last stage, normalised, mean over its tokens
+
+
+class Stage(nn.Module):
+    """Blocks on one grid, every second one with shifted windows, then the merging to the next grid."""
+
+    def __init__(self, config: SwinConfig, stage: int, drop_path: list[float]) -> None:
+        super().__init__()
+        first, width, heads = sum(config.depths[:stage]), config.width * 2**stage, config.heads[stage]
+        self.window, self.pretrained = config.windows[stage], config.pretrained_windows[stage]
+        self.spacing = {"table": None, "linear-cpb": "linear", "log-cpb": "log"}[config.bias]
+        self.mask_padding = config.padding == "mask"
+        self.blocks = nn.ModuleList()
+        for i in range(config.depths[stage]):
+            bias = ContinuousBias(config.axes, heads) if self.spacing else TableBias(self.window, heads)
+            count = i + 1 if config.extra_norm_scope == "stage" else first + i + 1
+            block = Block(
+                width,
+                WindowAttention(width, heads, config.similarity, bias, config.dropout),
+                Mlp(width, int(width * config.mlp_ratio), config.dropout),
+                config.norm,
+                drop_path=drop_path[first + i],
+                zero_init=config.zero_init,
+                extra_norm=config.extra_norm_every > 0 and count % config.extra_norm_every == 0,
+            )
+            self.blocks.append(block)
+        last = stage == len(config.depths) - 1
+        self.merge = nn.Identity() if last else PatchMerge(width, config.merge_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *grid, C) -> (B, *grid, C), before the merging."""
+        grid = tuple(x.shape[1:-1])
+        # Masks, indices and coordinates depend on the grid alone: made once here, for all blocks.
+        plain, shifted = (layout(grid, self.window, shifted=s, mask_padding=self.mask_padding, device=x.device) for s in (False, True))
+        index = relative_index(plain.window, plain.window if self.spacing else self.window, x.device)
+        coordinates = relative_coordinates(plain.window, self.pretrained, self.spacing, x.device) if self.spacing else None
+        for i, block in enumerate(self.blocks):
+            x = block(x, shifted if i % 2 else plain, index, coordinates)
+        return x
+
+
+class Swin(nn.Module):
+    """Swin Transformer. Any image size goes in; `config.image_size` only decides the windows that are built.
+
+    Args:
+        config: every number of the net; see `SwinConfig`.
+    """
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.preprocess: Preprocess | None = None  # how its pictures are prepared, where the weights came with it
+        self.labels: tuple[str, ...] = ()  # names of the classes, likewise
+        drop_path = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
+        widths = [config.width * 2**stage for stage in range(len(config.depths))]
+        self.patch = PatchEmbed(config.channels, config.width, config.patches)
+        self.drop = nn.Dropout(config.dropout)
+        self.stages = nn.ModuleList(Stage(config, stage, drop_path) for stage in range(len(config.depths)))
+        self.level_norms = nn.ModuleList(nn.LayerNorm(width) for width in widths) if config.level_norms else None
+        self.norm = nn.LayerNorm(widths[-1])
+        self.head = nn.Linear(widths[-1], config.classes) if config.classes else nn.Identity()
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Set every parameter as the official code does: linear layers truncated normal 0.02 with bias 0, residual norms 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for module in self.modules():  # what a layer says of its own parameters holds over the rule above
+            if module is not self and hasattr(module, "initialise"):
+                module.initialise()
+
+    def features(self, x: Tensor) -> Features:
+        """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`."""
+        if x.dim() != self.config.axes + 2 or x.shape[1] != self.config.channels:
+            shape = "(B, {}, {}H, W)".format(self.config.channels, "T, " if self.config.axes == 3 else "")
+            raise ValueError(f"the model takes a batch of shape {shape}, not {tuple(x.shape)}")
+        x = self.drop(self.patch(x))
+        levels = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            levels.append((self.level_norms[i](x) if self.level_norms else x).movedim(-1, 1))
+            if i < len(self.stages) - 1:
+                x = stage.merge(x)
+        pooled = self.norm(x).flatten(1, -2).mean(dim=1)
+        return Features(tuple(levels), pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) or clips (B, 3, T, H, W) -> logits (B, classes)."""
+        return self.head(self.features(x).pooled)

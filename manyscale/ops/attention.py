@@ -1,0 +1,61 @@
+"""One door to every attention path.
+
+Letters: B batch, W windows, H heads, N tokens of a window, d channels of a head.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Path = Literal["auto", "reference", "fused"]
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x` at length 1 along its last axis, in float32 or wider.
+
+    In float16 a padded token's zero vector would be 0 / 0: the peers' epsilon of 1e-12 is zero there.
+    """
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0, path: Path = "auto") -> Tensor:
+    """softmax(q k^T + bias, masked) v in every window.
+
+    Args:
+        q, k, v: (B, W, H, N, d); q carries the scale of the logits.
+        bias: (H, N, N), added to the logits.
+        mask: (W, N, N) bool, True where the row may attend the column; at least one True a row. Masked logits are -inf:
+            the official -100 can be outbid by cosine logits that span up to 216.
+        dropout: probability of dropping an attention weight.
+        path: `reference` is plain; `fused` is torch's scaled_dot_product_attention; `auto` is fused where the bias needs
+            no gradient (with one, the fused kernels refuse or store its full size: pytorch#145208).
+
+    Returns:
+        (B, W, H, N, d)
+    """
+    if path == "auto":
+        path = "reference" if bias.requires_grad and torch.is_grad_enabled() else "fused"
+    return {"reference": _reference, "fused": _fused}[path](q, k, v, bias, mask, dropout)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    logits = q @ k.transpose(-2, -1) + bias  # (B, W, H, N, N)
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None], float("-inf"))
+    weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    batch, windows, heads = q.shape[:3]
+    q, k, bias = q.to(v.dtype), k.to(v.dtype), bias.to(v.dtype)
+    if mask is None:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B·W, H, N, d)
+        bias = bias[None]
+    else:  # windows fold into heads, so that the mask is one copy for the whole batch
+        q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, W·H, N, d)
+        bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)[None]  # (1, W·H, N, N)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+    return out.reshape(batch, windows, heads, *out.shape[-2:])
