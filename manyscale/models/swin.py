@@ -101,6 +101,22 @@ class Swin(nn.Module):
             if module is not self and hasattr(module, "initialise"):
                 module.initialise()
 
+    @property
+    def layers(self) -> int:
+        """Layers for layer-wise learning rates: the patches, every block, and what follows the last."""
+        return sum(self.config.depths) + 2
+
+    def layer(self, name: str) -> int:
+        """The layer of a parameter, 0 nearest the pixels (official SimMIM fine-tuning): a merging goes with the block behind it."""
+        part, *rest = name.split(".")
+        if part == "patch":
+            return 0
+        if part != "stages":
+            return self.layers - 1
+        stage, kind = int(rest[0]), rest[1]
+        before = sum(self.config.depths[:stage])
+        return before + int(rest[2]) + 1 if kind == "blocks" else before + self.config.depths[stage]
+
     def features(self, x: Tensor) -> Features:
         """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`."""
         if x.dim() != self.config.axes + 2 or x.shape[1] != self.config.channels:

@@ -1,0 +1,1 @@
+"""How to learn: the loop and what it needs, for every task."""

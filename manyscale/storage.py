@@ -1,0 +1,63 @@
+"""Files that are written whole or not at all, and read with errors a person can act on."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path | str, content: bytes | str | Callable[[Path], None]) -> None:
+    """Put `content` at `path`: into a file beside it, synced to the disk, then renamed over it.
+
+    Args:
+        content: bytes, text, or a function that writes the file it is given (which keeps the suffix of `path`).
+
+    Raises:
+        OSError: the disk is full, read-only or gone; whatever stood at `path` still stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if callable(content):
+            beside.touch()  # by the umask: some writers make their own file private
+            content(beside)
+        else:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """`value` as indented JSON, by `write`. NaN and infinity are refused: other readers do."""
+    write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: no such file, not JSON, or not an object; the message names the file.
+    """
+    try:
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON, perhaps half-written: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,363 @@
+"""One loop for every task: what to learn is the task's, when and for how long is decided here.
+
+A run is a pure function of its recipe: the order and augmentation of samples follow from (seed, epoch, sample), the
+randomness of a step from (seed, step). So a run that was killed goes on from its last checkpoint to the same weights.
+"""
+
+import fcntl
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from manyscale.config import Run, from_dict, seconds, to_dict
+from manyscale.models import Swin, build, load, save, transfer
+from manyscale.storage import read_json, write_json
+from manyscale.tasks import TASKS
+from manyscale.train.checkpoint import load_checkpoint, save_checkpoint, tidy
+from manyscale.train.log import Log
+from manyscale.train.optim import set_rate
+from manyscale.train.schedule import rate
+from manyscale.train.state import State, amend_seed, pick_device, pick_precision
+
+# What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
+FREE = {"out", "device", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes", "schedule.save_steps",
+        "schedule.keep"}  # fmt: skip
+CALIBRATION_STEPS = 10
+ENDLESS = 10**12  # steps; a time budget may move the end while the loader runs
+
+
+class Stopped(Exception):
+    """The run ended early but in good order; `code` is the process's exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train a run, or go on with it where its folder holds one.
+
+    Returns:
+        The summary, also in `summary.json`: best metrics, steps, seconds, files left out.
+
+    Raises:
+        ValueError: a recipe, folder or data set that cannot be used.
+        Stopped: SIGTERM or Ctrl-C (a checkpoint was written), or a non-finite loss (the last good one is kept).
+    """
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        task = TASKS[run.task](_check_recipe(folder, run))
+        return _Training(folder, task).go()
+
+
+class _Training:
+    """One sitting of a run."""
+
+    def __init__(self, folder: Path, task: Any) -> None:
+        self.folder, self.task = folder, task
+        self.device = pick_device(task.run.device)
+        self.precision = pick_precision(task.run.precision, self.device)
+        torch.manual_seed(task.run.seed)
+        model = _first_model(task.run)
+        self.run: Run = replace(task.run, model=model.config)
+        task.finish(model)
+        self.state = State(model.to(self.device), self.run.optim)
+        self.signal = 0
+        self.began = self.saved = time.monotonic()
+
+    def go(self) -> dict[str, Any]:
+        notes: list[str] = []
+        found = load_checkpoint(self.folder, notes.append)
+        if found:
+            self.state.restore(*found)
+            notes.append(f"going on from step {self.state.clock.step} of {self.state.clock.steps}")
+        elif (self.folder / "summary.json").exists():
+            raise ValueError(f"{self.folder}: the run is finished but its checkpoints are gone; give another --out")
+        write_json(self.folder / "recipe.json", to_dict(self.run))
+        self.clock = self.state.clock
+        self.before = self.clock.seconds
+        with Log(self.folder, self.run.recipe or self.run.task, step=self.clock.step, tensorboard=self.run.tensorboard) as self.log, self._signals():
+            for note in notes:
+                self.log.note(note)
+            if not self.clock.steps:
+                self.clock.steps = self.run.schedule.epochs * self.task.steps_per_epoch
+                if self.run.schedule.time:
+                    self._calibrate()
+            self._introduce()
+            try:
+                self._steps()
+            finally:
+                self.log.curves()
+            return self._finish()
+
+    # -- steps ----------------------------------------------------------------------------------------------------------
+
+    def _steps(self) -> None:
+        clock, schedule = self.clock, self.run.schedule
+        every = schedule.evaluate_every * self.task.steps_per_epoch
+        if clock.step >= clock.steps:
+            return
+        seen, since, losses = 0, time.monotonic(), []
+        for batch in self.task.train_batches(clock.step, ENDLESS):
+            for bad in batch.bad:
+                clock.bad_files += self.log.bad_file(bad.path, bad.reason)
+            lr = rate(self.run, clock.step, clock.steps, self.task.steps_per_epoch)
+            if len(batch.labels):  # else every picture of it was bad
+                losses.append(self._step(batch, lr))
+                seen += len(batch.labels)
+            clock.step += 1
+            clock.seconds = self.before + time.monotonic() - self.began
+            done = clock.step >= clock.steps
+            if losses and (clock.step % self.run.log_every == 0 or done):
+                spent = max(time.monotonic() - since, 1e-9)
+                left = (clock.steps - clock.step) * spent / len(losses)
+                mean = math.fsum(losses) / len(losses)
+                self.log.step(clock.step, clock.steps, loss=mean, lr=lr, speed=seen / spent, left=left)
+                epoch = clock.step / self.task.steps_per_epoch
+                self.log.record({"step": clock.step, "epoch": epoch, "loss": mean, "lr": lr, "images_per_second": seen / spent})
+                seen, since, losses = 0, time.monotonic(), []
+            if clock.step % every == 0 or done:
+                better = self._evaluate()
+                clock.stale = 0 if better else clock.stale + 1
+                self._replan()
+                self._save()
+                since, seen, losses = time.monotonic(), 0, []
+                if schedule.patience and clock.stale >= schedule.patience:
+                    self.log.note(f"no better evaluation in {clock.stale}: stopped early")
+                    clock.steps = clock.step
+            elif self.signal or self._due():
+                self._save()
+            if self.signal:
+                name = signal.Signals(self.signal).name
+                again = "the same command goes on from here"
+                raise Stopped(f"{name}: saved step {clock.step} of {clock.steps} in {self.folder}; {again}", 128 + self.signal)
+            if clock.step >= clock.steps:
+                break
+
+    def _step(self, batch: Any, lr: float) -> float:
+        """One optimiser step at learning rate `lr`; its loss, the mean over the batch."""
+        state, run, clock = self.state, self.run, self.clock
+        set_rate(state.optimiser, lr)
+        state.model.train()
+        torch.manual_seed(amend_seed(run.seed, clock.step))
+        images, targets = self.task.targets(batch, self.device)
+        total = 0.0
+        for part, soft in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
+            randomness = torch.get_rng_state()
+            with self._autocast():
+                loss = self.task.loss(state.model, part, soft).total * (len(part) / len(images))
+            total += loss.item()
+            if not math.isfinite(total):
+                torch.set_rng_state(randomness)
+                self._blame(part, batch.ids)
+            loss.backward()
+        parameters = [p for p in state.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if not torch.isfinite(norm):
+            first = next(name for name, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+            self._stop_bad(f"the gradient of {first} is not finite", batch.ids)
+        if run.optim.clip:
+            nn.utils.clip_grads_with_norm_(parameters, run.optim.clip, norm)
+        state.optimiser.step()
+        state.optimiser.zero_grad()
+        if state.ema:
+            state.ema.update_parameters(state.model)
+        return total
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    # -- when the loss is not a number ------------------------------------------------------------------------------------
+
+    def _blame(self, images: torch.Tensor, ids: tuple[str, ...]) -> None:
+        """Run the bad batch once more, watching every module, and stop with the first whose output is not finite."""
+        culprits: list[str] = []
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, torch.Tensor) and not culprits and not output.isfinite().all():
+                    culprits.append(name)
+
+            return hook
+
+        hooks = [module.register_forward_hook(watch(name)) for name, module in self.state.model.named_modules() if name]
+        with torch.no_grad(), self._autocast():
+            self.state.model(images)
+        for hook in hooks:
+            hook.remove()
+        where = f"first in module {culprits[0]}" if culprits else "with every module's output finite"
+        self._stop_bad(f"the loss is not finite, {where}", ids)
+
+    def _stop_bad(self, what: str, ids: tuple[str, ...]) -> None:
+        self.log.record({"step": self.clock.step, "stopped": what, "samples": list(ids)})
+        kept = f"the last good checkpoint is kept in {self.folder}"
+        advice = "a lower --lr or --precision float32 may help"
+        raise Stopped(f"step {self.clock.step + 1}: {what}; {kept}; {advice}", 1)
+
+    # -- how long ---------------------------------------------------------------------------------------------------------
+
+    def _calibrate(self) -> None:
+        """Plan the number of steps from the measured speed of a few, on weights that are put back afterwards."""
+        kept = {name: tensor.clone() for name, tensor in self.state.model.state_dict().items()}
+        times = []
+        start = time.monotonic()
+        for batch in self.task.train_batches(0, CALIBRATION_STEPS):
+            if len(batch.labels):
+                self._step(batch, self.run.optim.warmup_lr)
+            times.append(time.monotonic() - start)
+            start = time.monotonic()
+        self.task.evaluate(self.state.final, self.device, self.precision, lambda path, reason: None)
+        evaluation = time.monotonic() - start
+        self.state.model.load_state_dict(kept)
+        self.state = State(self.state.model, self.run.optim)
+        self.clock = self.state.clock
+        self.clock.seconds = time.monotonic() - self.began
+        steady = sorted(times[2:] or times)
+        per_step = sum(steady) / len(steady) + evaluation / (self.run.schedule.evaluate_every * self.task.steps_per_epoch)
+        self.clock.steps = max(int((seconds(self.run.schedule.time) - self.clock.seconds) / per_step), 1)
+
+    def _replan(self) -> None:
+        """With a time budget: fit the steps that are left to the time that is left, at the speed so far; not near the end."""
+        clock, budget = self.clock, seconds(self.run.schedule.time)
+        clock.seconds = self.before + time.monotonic() - self.began
+        if math.isinf(budget) or clock.step >= 0.9 * clock.steps:
+            return
+        per_step = clock.seconds / clock.step
+        steps = max(clock.step + int((budget - clock.seconds) / per_step), clock.step)
+        if abs(steps - clock.steps) > 0.02 * clock.steps:
+            self.log.note(f"planned {steps} steps instead of {clock.steps}, to end after {self.run.schedule.time}")
+            clock.steps = steps
+
+    # -- what is kept -----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> bool:
+        """Evaluate, keep the best weights; whether these are."""
+        def report(path: str, reason: str) -> None:
+            self.clock.bad_files += self.log.bad_file(path, reason)
+
+        clock, model = self.clock, self.state.final
+        metrics = self.task.evaluate(model, self.device, self.precision, report)
+        value = metrics[self.task.metric]
+        record = {"step": clock.step, "epoch": clock.step / self.task.steps_per_epoch, **metrics}
+        clock.history.append(record)
+        self.log.record(record)
+        better = clock.best is None or value > clock.best
+        if better:
+            clock.best, clock.best_step = value, clock.step
+            best = self.folder / "best"
+            self.task.finish(model)
+            save(model, best)
+            write_json(best / "recipe.json", to_dict(self.run))
+            write_json(best / "metrics.json", record)
+        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in metrics if name != "pictures")
+        self.log.note(f"{self.log.name}  step {clock.step}  {shown}{'  best' if better else ''}")
+        return better
+
+    def _due(self) -> bool:
+        schedule = self.run.schedule
+        by_steps = schedule.save_steps and self.clock.step % schedule.save_steps == 0
+        return bool(by_steps) or time.monotonic() - self.saved > 60 * (schedule.save_minutes or math.inf)
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder, self.clock.step, self.state.tensors(), self.state.values())
+        tidy(self.folder, self.run.schedule.keep)
+        self.saved = time.monotonic()
+
+    def _introduce(self) -> None:
+        count = sum(p.numel() for p in self.state.model.parameters())
+        train, val = len(self.task.splits.train), len(self.task.splits.val)
+        precision = str(self.precision).removeprefix("torch.")
+        self.log.note(
+            f"{self.log.name}: {count / 1e6:.2f}M parameters, {train:,} pictures in {len(self.task.labels)} classes, {val:,} held out, "
+            f"{self.clock.steps:,} steps of {self.run.batch} ({self.clock.steps / self.task.steps_per_epoch:.1f} epochs), {precision} on {self.device}"
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        clock = self.clock
+        best = next(record for record in clock.history if record["step"] == clock.best_step)
+        model = load(self.folder / "best").to(self.device)
+        self.task.draw(model, self.device, self.folder / "samples.png")
+        summary = {"recipe": self.run.recipe, "task": self.run.task, "best": best, "last": clock.history[-1], "steps": clock.step,
+                   "epochs": clock.step / self.task.steps_per_epoch, "seconds": clock.seconds, "bad_files": clock.bad_files}  # fmt: skip
+        write_json(self.folder / "summary.json", summary)
+        left_out = f"; {clock.bad_files} files could not be read, see {self.folder}/bad_files.jsonl" if clock.bad_files else ""
+        self.log.note(f"{self.log.name}: best {self.task.metric} {clock.best:.4f} at step {clock.best_step}, {clock.seconds:.0f} s{left_out}")
+        self.log.note(f"wrote {self.folder}/best, curves.png, samples.png, summary.json")
+        return summary
+
+    # -- leaving in order -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run after the step in hand; a second Ctrl-C at once."""
+        def note(number: int, frame: Any) -> None:
+            if self.signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: whoever runs it there handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _first_model(run: Run) -> Swin:
+    """A fresh model, or the one of `init` at this run's image size and window, with a new head where the classes differ."""
+    if not run.init:
+        return build(run.model)
+    model = load(run.init)
+    classes = None if model.config.classes == run.model.classes else run.model.classes
+    return transfer(model, run.model.image_size, run.model.window, classes=classes, drop_path=run.model.drop_path)
+
+
+def _check_recipe(folder: Path, run: Run) -> Run:
+    """See that a folder which holds a run holds this one.
+
+    Raises:
+        ValueError: it holds another; the fields that differ are listed.
+    """
+    if not (folder / "recipe.json").exists():
+        return run
+    old, new = _flat(to_dict(from_dict(Run, read_json(folder / "recipe.json"), str(folder / "recipe.json")))), _flat(to_dict(run))
+    # The data decide the classes, and `init` the net: the stored recipe has them filled in.
+    ignored = FREE | {"model.classes"} | ({name for name in new if name.startswith("model.")} if run.init else set())
+    differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in new if name not in ignored and old[name] != new[name]]
+    if differ:
+        raise ValueError(f"{folder} holds another run; give --out another folder, or the same fields:\n  " + "\n  ".join(differ))
+    return run
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops with the process however it ends.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is training here; wait for it or give another --out") from None
+        yield
