@@ -107,6 +107,8 @@ class SwinConfig:
         fit (two stages of images), it is per axis: write the per-stage form nested, ((8, 8), (4, 4)).
         """
         given, stages = getattr(self, name), len(self.depths)
+        if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], tuple):
+            given = given[0]  # how the command line reads `--window 8 8`
         if isinstance(given, tuple) and len(given) == self.axes and all(isinstance(w, int) for w in given):
             return (given,) * stages
         each = given if isinstance(given, tuple) else (given,) * stages

@@ -13,11 +13,14 @@ Path = Literal["auto", "reference", "fused"]
 
 
 def unit(x: Tensor) -> Tensor:
-    """`x` at length 1 along its last axis, in float32 or wider.
+    """`x` at length 1 along its last axis, in float32 or wider. A zero vector stays zero, and so does its gradient.
 
-    In float16 a padded token's zero vector would be 0 / 0: the peers' epsilon of 1e-12 is zero there.
+    A padded token is one. In float16 the peers' epsilon of 1e-12 is zero, which makes it 0 / 0; and a larger epsilon
+    still makes its gradient, 1 / epsilon, infinite.
     """
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.masked_fill(length < 1e-6, torch.inf)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0, path: Path = "auto") -> Tensor:

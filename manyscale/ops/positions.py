@@ -86,9 +86,10 @@ def _stretch(grid: Tensor, axis: int, length: int) -> Tensor:
     near, far = grid.shape[axis] // 2, length // 2  # offsets on one side, before and after
     if near == far:
         return grid
-    if near == 0 or far == 0:
-        middle = grid.narrow(axis, near, 1)
-        return middle.expand([length if a == axis else n for a, n in enumerate(grid.shape)]).clone()
+    if near == 0:
+        return grid.expand([length if a == axis else n for a, n in enumerate(grid.shape)]).clone()
+    if far < min(near, 2):  # the limit of ever smaller steps: the nearest offsets as they are
+        return grid.narrow(axis, near - far, length).clone()
     powers = torch.arange(near, dtype=torch.float64)
     if near == 1:
         side = torch.tensor([float(far)], dtype=torch.float64)

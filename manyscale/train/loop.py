@@ -34,12 +34,12 @@ CALIBRATION_STEPS = 10
 ENDLESS = 10**12  # steps; a time budget may move the end while the loader runs
 
 
-class Stopped(Exception):
-    """The run ended early but in good order; `code` is the process's exit code."""
+class Stopped(RuntimeError):
+    """The run ended early but in good order; `exit_code` is what the process should leave with."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.code = code
+        self.exit_code = exit_code
 
 
 def train(run: Run) -> dict[str, Any]:

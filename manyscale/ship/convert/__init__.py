@@ -1,0 +1,148 @@
+"""Weights of other packages' Swin V1 and V2, in and out: one file per layout, each a table read in both directions."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import reduce
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyscale.config import SwinConfig, nearest
+from manyscale.models.build import build
+from manyscale.models.swin import Swin
+from manyscale.presets import SWIN, model_config
+from manyscale.ship.convert import mmpretrain, official, timm, torchvision, transformers
+from manyscale.ship.convert.files import read
+from manyscale.ship.convert.layout import Layout, Row, buffers, expand, learnt_windows, to_ours, to_theirs, version
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, name: str, **fields: Any) -> Swin:
+    """A model of this package from weights of another: `convert("swinv2.pth", source="official", name="swinv2_tiny", window=16)`.
+
+    Tensors are copied bit for bit and keep their dtype. Where a grid does not fill its windows, other packages attend
+    the padding: pass `padding="attend"` for their logits there.
+
+    Args:
+        weights: a state dict, or a .safetensors, .pth, .pt, .bin or .ckpt file of one; one inside "model" or
+            "state_dict" is found. Pickles are read as plain data only.
+        source: official, timm, transformers, torchvision or mmpretrain.
+        name: a preset; its window, sizes and depths must be the file's.
+        fields: of the configuration. `classes` follows from the file (0 where it has no head); 0 leaves its head out.
+
+    Returns:
+        The model, in evaluation mode, on the device of the weights. Not loaded: buffers that follow from the
+        configuration (`layout.BUFFERS`), and the decoder and mask token of SimMIM files (`official.SIMMIM_DROPPED`).
+
+    Raises:
+        ValueError: a file that cannot be read or holds code; an unknown source, name or field; and, all in one message,
+            every tensor that is missing, unknown or of another shape, by its name in the file.
+    """
+    state = read(weights) if isinstance(weights, (str, os.PathLike)) else weights
+    where = str(weights) if isinstance(weights, (str, os.PathLike)) else "the state dict"
+    if not isinstance(state, Mapping):
+        raise ValueError(f"convert takes a state dict or a file, not a {type(weights).__name__}; of a module, pass .state_dict()")
+    state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), Mapping)), state)
+    config = model_config(name, **{"classes": 0, **fields})
+    layout = _layout(source, config, state)
+    head = state.get(layout.head + ".weight")
+    if "classes" not in fields and isinstance(head, Tensor):
+        config = replace(config, classes=len(head))
+    dropped = layout.dropped if config.classes else (*layout.dropped, layout.head + ".*")
+    wanted = {key: tensor for key, tensor in state.items() if not any(fnmatchcase(key, pattern) for pattern in dropped)}
+
+    model, rows, expected = _plan(layout, config)
+    problems = _problems(wanted, expected)
+    if problems:
+        hints = _hints(wanted, expected, source, name, {"classes": config.classes, **fields})
+        raise ValueError("\n  ".join([f"{where} does not hold {name} in the layout of {source}:", *problems, *hints]))
+    for stage, learnt in learnt_windows(layout, config, state).items():
+        if learnt != config.pretrained_windows[stage]:
+            raise ValueError(
+                f"{where}: the bias network of stage {stage + 1} learnt at windows of {learnt}, this model would read it as learnt at "
+                f"{config.pretrained_windows[stage]}; pass the file's `window`, or `pretrained_window` with one number per stage"
+            )
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in wanted.values()))
+    tensors = {key: tensor.to(dtype) for key, tensor in to_ours(rows, wanted).items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def export_weights(model: Swin, target: str) -> dict[str, Tensor]:
+    """The inverse of `convert`: the model's weights as `target` names and keeps them, copies on the same device.
+
+    timm, transformers and torchvision load the result strictly (torchvision with the buffers its files hold); the
+    official code and mmpretrain load it as their own loaders do, without the buffers that they rebuild.
+
+    Raises:
+        ValueError: an unknown target, or a model that it cannot hold: a mixture of V1 and V2, a video model, further
+            norms; for torchvision also a window that does not fit every stage.
+    """
+    layout = _layout(target, model.config, ())
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    extra = buffers(layout, model.config) if layout.writes_buffers else {}
+    return {**to_theirs(expand(layout, model.config, state), state), **extra}
+
+
+def _layout(source: str, config: SwinConfig, names: Any) -> Layout:
+    if source not in SOURCES:
+        raise ValueError(f"unknown source `{source}`; {nearest(source, SOURCES)}")
+    version(config)
+    return SOURCES[source](config, names)
+
+
+def _plan(layout: Layout, config: SwinConfig) -> tuple[Swin, list[Row], Shapes]:
+    """The model without memory, its rows, and the shapes it expects by foreign name."""
+    with torch.device("meta"):
+        model = build(config)
+    rows = expand(layout, config, model.state_dict())
+    return model, rows, {key: tuple(tensor.shape) for key, tensor in to_theirs(rows, model.state_dict()).items()}
+
+
+def _problems(state: Mapping[str, Any], expected: Shapes) -> list[str]:
+    """A line for each tensor that does not fit."""
+    lines = [f"missing: {key} {shape}" for key, shape in expected.items() if key not in state]
+    for key, tensor in state.items():
+        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if key not in expected:
+            lines.append(f"unknown: {key} {found}")
+        elif found != expected[key]:
+            lines.append(f"shape: {key} is {found}, the model's is {expected[key]}")
+        elif not tensor.is_floating_point():
+            lines.append(f"dtype: {key} is {tensor.dtype}, not floating point")
+    return lines
+
+
+def _hints(state: Mapping[str, Any], expected: Shapes, source: str, name: str, fields: dict[str, Any]) -> list[str]:
+    """What the names and shapes say the file is."""
+    for preset in SWIN:
+        for other in SOURCES:
+            if (other, preset) != (source, name):
+                try:
+                    config = model_config(preset, **fields)
+                    fits = not _problems(state, _plan(_layout(other, config, state), config)[2])
+                except ValueError:  # fields that this preset refuses, or norms without a name there
+                    continue
+                if fits:
+                    return [f'It fits source="{other}", name="{preset}".']
+    for key, shape in expected.items():
+        found = state.get(key)
+        if key.endswith("relative_position_bias_table") and isinstance(found, Tensor) and tuple(found.shape) != shape:
+            side = isqrt(len(found))
+            if side * side == len(found) and side % 2:
+                return [f"Its bias tables are for windows of {side // 2 + 1}: pass window={side // 2 + 1} and the file's image_size."]
+    return []
+
+
+SOURCES: dict[str, Callable[..., Layout]] = {
+    "official": official.layout,
+    "timm": timm.layout,
+    "transformers": transformers.layout,
+    "torchvision": torchvision.layout,
+    "mmpretrain": mmpretrain.layout,
+}

@@ -1,0 +1,297 @@
+"""Where pictures come from: sets, their splits and their classes, listed in an order that no file system can change."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from manyscale.config import Input, nearest
+from manyscale.data.images import EXTENSIONS, BadImage, read_image
+
+DIGITS = "digits"
+_EVALUATION = ("val", "valid", "validation", "test")  # folders that training may evaluate on, the preferred first
+_LAYOUT = "put each class's pictures into a folder of its own, as in {0}/cat/1.jpg, or {0}/train/cat/1.jpg and {0}/val/cat/1.jpg"
+
+
+class Source(Protocol):
+    """Pictures with labels, 0 <= index < len(source)."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Image.Image:
+        """The picture in RGB. Raises `BadImage`."""
+
+    def label(self, index: int) -> int:
+        """Its class, an index into the set's `classes`."""
+
+    def name(self, index: int) -> str:
+        """Its id, the same wherever the set lies: the file's path relative to the set."""
+
+    def path(self, index: int) -> str:
+        """Where it lies, for messages."""
+
+
+class Splits(NamedTuple):
+    """A set as training wants it; `val` is what training evaluates on."""
+
+    train: Source
+    val: Source
+    classes: tuple[str, ...]
+    name: str
+
+
+class Split(NamedTuple):
+    """One part of a set."""
+
+    source: Source
+    classes: tuple[str, ...]
+
+
+class Files:
+    """Pictures in files under `root`, as a `Source`; files above `max_pixels` are bad."""
+
+    def __init__(self, root: str, names: Sequence[str], labels: Sequence[int], max_pixels: int) -> None:
+        self.root, self.max_pixels = root, max_pixels
+        # One array of bytes is shared by forked workers; the reference counts of a list of strings would copy it page by page.
+        self._names = np.array([os.fsencode(name) for name in names])
+        self._labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Image.Image:
+        return read_image(self.path(index), self.max_pixels)
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._names[index])
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.name(index))
+
+
+class Digits:
+    """scikit-learn's embedded handwritten digits, 1,797 grey pictures of 8 x 8 pixels, as a `Source`.
+
+    A fifth of every class is held out for evaluation: always the same pictures, whatever the run's seed.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, *, held_out: bool) -> None:
+        from sklearn.datasets import load_digits  # slow to import, and used by this set alone
+
+        pixels, labels = load_digits(return_X_y=True)
+        names = np.array([f"{label}/{index:04d}" for index, label in enumerate(labels)])
+        chosen = _held_out(names, labels, 0.2, 0, self.classes) == held_out
+        levels = np.round(pixels[chosen].reshape(-1, 8, 8) * (255 / 16))  # 16 is white
+        self._pixels, self._labels, self._names = levels.astype(np.uint8), labels[chosen], names[chosen]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index]).convert("RGB")
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return str(self._names[index])
+
+    def path(self, index: int) -> str:
+        return f"{DIGITS}/{self.name(index)}"
+
+
+class Cached:
+    """`source` with every picture decoded once, here and now, and kept: 3 bytes of memory per pixel. Bad files stay bad.
+
+    Decoding happens before workers start, so that they share one copy and the first epoch is as fast as the others. One
+    after the other: on small pictures, threads lose more waiting for Python's lock than they gain.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._pixels = bytearray()  # all pictures end to end: one object, which forked workers share
+        self._sizes = np.zeros((len(source), 2), dtype=np.int64)
+        self._ends = np.zeros(len(source) + 1, dtype=np.int64)
+        self._bad: dict[int, str] = {}
+        for index in range(len(source)):
+            try:
+                picture = source.read(index)
+                self._sizes[index] = picture.size
+                self._pixels += picture.tobytes()
+            except BadImage as bad:
+                self._bad[index] = bad.reason
+            self._ends[index + 1] = len(self._pixels)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> Image.Image:
+        if index in self._bad:
+            raise BadImage(self.path(index), self._bad[index])
+        width, height = map(int, self._sizes[index])
+        pixels = memoryview(self._pixels)[self._ends[index] : self._ends[index + 1]]
+        return Image.frombytes("RGB", (width, height), pixels)
+
+    def label(self, index: int) -> int:
+        return self._source.label(index)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def path(self, index: int) -> str:
+        return self._source.path(index)
+
+
+def open_splits(settings: Input, seed: int) -> Splits:
+    """The set that `settings.data` names, in two parts: `digits`, or a folder of class folders (see `open_split`).
+
+    Args:
+        seed: chooses the hold-out where the set brings no evaluation split; the same seed, the same pictures.
+
+    Raises:
+        ValueError: there is no such set, or its folders are not as they must be. The message names the folder and the fix.
+    """
+    train, classes = open_split(settings, "train", seed)
+    val, _ = open_split(settings, "val", seed)
+    name = settings.data if settings.data == DIGITS else os.path.basename(find_folder(settings.data))
+    return Splits(train, val, classes, name)
+
+
+def open_split(settings: Input, split: str, seed: int) -> Split:
+    """One part of a set: `train`, `val` or the name of any split folder, such as `test`.
+
+    In a folder, every class is a sub-folder, of pictures at any depth; names that start with a dot are ignored. Split
+    folders are `train` beside `val`, `valid`, `validation` or `test`: `val` then means the first of these that exists,
+    as what training evaluates on. Where there is none, `val` is the fraction `settings.holdout` of every class, chosen
+    by seed and file names alone, and `train` the rest; `all` is both, for evaluating on a whole folder.
+
+    Raises:
+        ValueError: as `open_splits`.
+    """
+    if settings.data == DIGITS:
+        _check_known(split, ("train", "val"), DIGITS)
+        return Split(Digits(held_out=split == "val"), Digits.classes)
+    root = find_folder(settings.data)
+    folders = _split_folders(root)
+    evaluation = next((folders[name] for name in _EVALUATION if name in folders), None)
+    if evaluation:
+        known = {**folders, "val": evaluation}
+    else:
+        known = dict.fromkeys(("train", "val", "all"), folders.get("train", root))
+    _check_known(split, known, root)
+    classes = _class_names(folders.get("train", known[split]))
+    names, labels = _pictures(root, known[split], classes)
+    if split != "all" and not evaluation:
+        kept = np.flatnonzero(_held_out(names, labels, settings.holdout, seed, classes) == (split == "val"))
+        names, labels = [names[index] for index in kept], [labels[index] for index in kept]
+    files = Files(root, names, labels, settings.max_pixels)
+    return Split(Cached(files) if settings.cache else files, classes)
+
+
+def find_folder(data: str) -> str:
+    """The folder that `data` means: a path, or else a name under $MANYSCALE_DATA (default ~/.cache/manyscale/data).
+
+    Raises:
+        ValueError: neither is there; suggests the nearest name.
+    """
+    home = os.path.expanduser(os.environ.get("MANYSCALE_DATA") or "~/.cache/manyscale/data")
+    for folder in (os.path.expanduser(data), os.path.join(home, data)):
+        if os.path.isdir(folder):
+            return os.path.abspath(folder)
+    names = [DIGITS, *(entry.name for entry in _entries(home) if entry.is_dir())] if os.path.isdir(home) else [DIGITS]
+    raise ValueError(
+        f"field `data`: no folder {data!r} here, and no set of that name in {home} ($MANYSCALE_DATA); give the path of a folder "
+        f"with one sub-folder per class, such as ./flowers, or the name of a set: {nearest(data, names)}"
+    )
+
+
+def _split_folders(root: str) -> dict[str, str]:
+    """Split name -> folder; empty where `root` holds the class folders itself, one of which may be called `train`."""
+    found = {entry.name: entry.path for entry in _entries(root) if entry.is_dir()}
+    splits = {name: found[name] for name in ("train", *_EVALUATION) if name in found}
+    nested = "train" in splits and any(entry.is_dir() for entry in _entries(splits["train"]))
+    return splits if nested or len(splits) == len(found) else {}
+
+
+def _class_names(folder: str) -> tuple[str, ...]:
+    entries = _entries(folder)
+    classes = tuple(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        held = "pictures but no class folders" if any(map(_is_picture, entries)) else "no class folders and no images at all"
+        raise ValueError(f"{folder} holds {held}; {_LAYOUT.format(folder)}")
+    return classes
+
+
+def _pictures(root: str, folder: str, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """Paths relative to `root`, and labels, of every picture in the class folders of `folder`."""
+    found = _class_names(folder)
+    extra, missing = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
+    if extra or missing:
+        lists = [f"{word} {', '.join(names)}" for word, names in (("has besides", extra), ("lacks", missing)) if names]
+        raise ValueError(f"{folder} and the train split must have the same class folders, but it {' and '.join(lists)}")
+    each = [[os.path.relpath(path, root) for path in _walk(os.path.join(folder, name))] for name in classes]
+    empty = [name for name, paths in zip(classes, each, strict=True) if not paths]
+    if len(empty) == len(classes):
+        raise ValueError(f"{folder} holds no images at all (names that end in {', '.join(EXTENSIONS)}); {_LAYOUT.format(folder)}")
+    if empty:
+        raise ValueError(f"{folder}: no images for the class {', '.join(empty)}; add some, or remove the empty class folder")
+    if len(classes) == 1:
+        raise ValueError(f"{folder} holds only one class, {classes[0]}; add a folder for each other class")
+    return [path for paths in each for path in paths], [label for label, paths in enumerate(each) for _ in paths]
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Every picture below `folder`, links followed, but not in circles."""
+    status = os.stat(folder)
+    above = (*above, (status.st_dev, status.st_ino))
+    if above[-1] not in above[:-1]:
+        for entry in _entries(folder):
+            if entry.is_dir():
+                yield from _walk(entry.path, above)
+            elif _is_picture(entry):
+                yield entry.path
+
+
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(EXTENSIONS)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What `folder` holds, sorted, nothing hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be listed: {error.strerror}; check its permissions") from None
+
+
+def _held_out(names: Sequence[str], labels: Sequence[int], fraction: float, seed: int, classes: tuple[str, ...]) -> np.ndarray:
+    """True for the pictures kept for evaluation: of every class, those whose name and seed hash lowest.
+
+    A file that comes or goes later hardly moves the others.
+    """
+    ranks = [hashlib.blake2b(os.fsencode(f"{seed} {name}")).digest() for name in names]
+    chosen, labels = np.zeros(len(names), dtype=bool), np.asarray(labels)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise ValueError(
+                f"class {classes[label]} has a single image, {names[members[0]]}, which cannot be split into train and val; "
+                f"add images, remove the class, or make a val folder beside train"
+            )
+        count = min(max(1, round(len(members) * fraction)), len(members) - 1)
+        chosen[sorted(members, key=ranks.__getitem__)[:count]] = True
+    return chosen
+
+
+def _check_known(split: str, known: Iterable[str], where: str) -> None:
+    if split not in known:
+        raise ValueError(f"{where} has no split `{split}`; {nearest(split, known)}")

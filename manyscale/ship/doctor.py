@@ -1,0 +1,81 @@
+"""Is this machine ready? Versions, devices, one training step of each model family, loader speed."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.nn.functional as F
+
+import manyscale
+from manyscale.config import Optim, SwinConfig
+from manyscale.models import build
+from manyscale.recipes import RECIPES
+from manyscale.tasks import TASKS
+from manyscale.train.optim import make_optimiser
+from manyscale.train.state import pick_device, pick_precision
+
+PACKAGES = ("torch", "torchvision", "safetensors", "pillow", "numpy", "scikit-learn", "tyro", "timm", "transformers", "tensorboard")
+MICRO = SwinConfig(image_size=32, patch=4, window=4, width=32, depths=(2, 2), heads=(2, 4), classes=10)
+FAMILIES = {
+    "Swin V1": dict(similarity="dot", norm="pre", bias="table", merge_norm="before"),
+    "Swin V2": {},
+    "Swin V2 on clips": dict(image_size=(4, 32, 32), patch=(2, 4, 4), window=(2, 4, 4)),
+}
+
+
+def examine() -> Iterator[tuple[str, str, bool]]:
+    """Rows of (what, finding, whether it is well)."""
+    yield "manyscale", f"{manyscale.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}", True
+    for name in PACKAGES:
+        try:
+            yield name, version(name), True
+        except PackageNotFoundError:
+            yield name, "not installed (optional)", True
+    device = pick_device("auto")
+    what = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield "device", f"{device}: {what}", True
+    for precision in (torch.float32, torch.bfloat16):
+        a = torch.randn(512, 512, device=device, dtype=precision)
+        spent = _time(lambda a=a: a @ a)
+        chosen = " (chosen by --precision auto)" if pick_precision("auto", device) == precision else ""
+        yield f"product in {str(precision).removeprefix('torch.')}", f"{2 * 512**3 / spent / 1e9:,.0f} GFLOP/s{chosen}", True
+    for family, switches in FAMILIES.items():
+        yield f"one step of {family}", *_one_step(switches, device)
+    run = RECIPES["digits"]()
+    task = TASKS[run.task](run)
+    start, count = time.perf_counter(), 0
+    for batch in task.train_batches(0, 10):
+        count += len(batch.labels)
+    yield "loader", f"{count / (time.perf_counter() - start):,.0f} pictures/s from the digits recipe, {run.input.workers} workers", True
+
+
+def _one_step(switches: dict, device: torch.device) -> tuple[str, bool]:
+    torch.manual_seed(0)
+    config = replace(MICRO, **switches)
+    model = build(config).to(device)
+    optimiser = make_optimiser(model, Optim(lr=1e-3))
+    x = torch.randn(8, 3, *config.size, device=device)
+    y = torch.arange(8, device=device)
+    losses = []
+    start = time.perf_counter()
+    for _ in range(2):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    well = losses[1] < losses[0]
+    return f"loss {losses[0]:.3f} -> {losses[1]:.3f} in {time.perf_counter() - start:.2f} s", well
+
+
+def _time(act: Callable[[], object]) -> float:
+    act()
+    start = time.perf_counter()
+    for _ in range(10):
+        act()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / 10

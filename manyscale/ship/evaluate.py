@@ -1,0 +1,57 @@
+"""Score a saved model on a split of a set."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from manyscale.config import Input, Run, from_dict
+from manyscale.data.loader import eval_batches, worker_count
+from manyscale.data.sources import open_split
+from manyscale.data.transforms import eval_transform
+from manyscale.models import Swin, load
+from manyscale.storage import read_json
+from manyscale.tasks.classify import Report, score
+from manyscale.train.state import pick_device, pick_precision
+
+
+def evaluate(
+    path: str, report: Report, *, data: str = "", split: str = "val", batch: int = 64, workers: int = -1, device: str = "auto", precision: str = "float32"
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy and loss of the model at `path` on one split, over the pictures that could be read.
+
+    Args:
+        path: a run's folder, or any folder that `ms.save` wrote; a run brings its own data.
+        data: a set by name or folder; empty: the one the run was trained on.
+        report: called with path and reason of every picture that could not be read.
+
+    Raises:
+        ValueError: no such model, set or split, or classes that are not the model's.
+    """
+    model, run = load(path), recipe_of(path)
+    if not model.preprocess or not model.config.classes:
+        raise ValueError(f"{path}: no head, or no word on how its pictures are prepared; give a model that `train` wrote")
+    if not data and not run:
+        raise ValueError(f"{path}: there is no recipe.json that names its data; give --data")
+    settings = replace(run.input if run else Input(), workers=workers, cache=False)
+    source, classes = open_split(replace(settings, data=data or settings.data), split, run.seed if run else 0)
+    _check_classes(model, classes)
+    chosen = pick_device(device)
+    batches = eval_batches(source, eval_transform(model.preprocess), batch=batch, workers=worker_count(workers), policy=settings.bad_files)
+    return score(model.to(chosen), batches, chosen, pick_precision(precision, chosen), report)
+
+
+def recipe_of(path: str) -> Run | None:
+    """The recipe that lies beside a model, if one does."""
+    for file in (Path(path) / "recipe.json", Path(path) / "best" / "recipe.json"):
+        if file.exists():
+            return from_dict(Run, read_json(file), str(file))
+    return None
+
+
+def _check_classes(model: Swin, classes: tuple[str, ...]) -> None:
+    labels = model.labels or tuple(map(str, range(model.config.classes)))
+    extra, missing = sorted(set(classes) - set(labels)), sorted(set(labels) - set(classes))
+    if model.labels and (extra or missing):
+        lists = [f"{word} {', '.join(names[:10])}" for word, names in (("has besides", extra), ("lacks", missing)) if names]
+        raise ValueError(f"the set's classes are not the model's: it {' and '.join(lists)}")
+    if len(labels) != len(classes):
+        raise ValueError(f"the set has {len(classes)} classes, the model {len(labels)}")

@@ -1,0 +1,75 @@
+"""Pictures in, answers out: a table, JSON lines, a contact sheet."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from manyscale.data.images import EXTENSIONS, BadImage, read_image
+from manyscale.data.transforms import eval_transform
+from manyscale.models import Swin
+
+BATCH = 32
+
+
+class Prediction(NamedTuple):
+    """What a model says of one file."""
+
+    path: str
+    top: tuple[tuple[str, float], ...]  # (label, probability), likeliest first; empty where the file is bad
+    error: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The prediction as JSON values."""
+        if self.error:
+            return {"path": self.path, "error": self.error}
+        return {"path": self.path, "top": [{"label": label, "probability": round(p, 6)} for label, p in self.top]}
+
+
+def find_pictures(paths: tuple[str, ...]) -> list[str]:
+    """The files named, and every picture below the folders named, in order.
+
+    Raises:
+        ValueError: a path that is not there, or a folder without pictures.
+    """
+    found: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+            if not below:
+                raise ValueError(f"{path}: no pictures below this folder (known endings: {', '.join(EXTENSIONS)})")
+            found += below
+        elif path.exists():
+            found.append(str(path))
+        else:
+            raise ValueError(f"{path}: no such file or folder")
+    return found
+
+
+@torch.no_grad()
+def predict(model: Swin, paths: list[str], *, top: int = 5, max_pixels: int = 64_000_000) -> Iterator[Prediction]:
+    """The `top` likeliest classes of each picture, in order. A file that cannot be read gets an `error`, and the rest go on.
+
+    Raises:
+        ValueError: a model without a head, or one that does not know how its pictures are prepared.
+    """
+    if not model.preprocess or not model.config.classes:
+        raise ValueError("this model has no head or does not know how its pictures are prepared; give one that `train` wrote")
+    transform, device = eval_transform(model.preprocess), next(model.parameters()).device
+    labels = model.labels or tuple(map(str, range(model.config.classes)))
+    for start in range(0, len(paths), BATCH):
+        read: dict[str, torch.Tensor] = {}
+        bad: dict[str, str] = {}
+        for path in paths[start : start + BATCH]:
+            try:
+                read[path] = transform(read_image(path, max_pixels))
+            except BadImage as error:
+                bad[path] = error.reason
+        answers = {}
+        if read:
+            best = model(torch.stack(list(read.values())).to(device)).float().softmax(-1).topk(min(top, len(labels)))
+            rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            answers = {path: tuple((labels[i], p) for p, i in zip(*row, strict=True)) for path, row in zip(read, rows, strict=True)}
+        for path in paths[start : start + BATCH]:
+            yield Prediction(path, answers.get(path, ()), bad.get(path, ""))
