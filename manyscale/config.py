@@ -71,7 +71,7 @@ class SwinConfig:
         _require(len(self.patches) == self.axes and min(self.patches) >= 1, "patch", f"{self.patch}: give one number >= 1, or {self.axes}")
         _require(min(map(min, self.built_windows("window"))) >= 1, "window", f"{self.window} must be at least 1 everywhere; 8 is usual")
         _require(min(map(min, self.built_windows("pretrained_window"))) >= 0, "pretrained_window", f"{self.pretrained_window} must not be negative")
-        _require(self.mlp_ratio > 0, "mlp_ratio", f"{self.mlp_ratio} must be positive")
+        _require(1 <= self.width * self.mlp_ratio < math.inf, "mlp_ratio", f"{self.mlp_ratio} must leave the MLP a channel; 4 is usual")
         _require(self.extra_norm_every >= 0, "extra_norm_every", f"{self.extra_norm_every} must be 0 (none) or more")
         for name in ("drop_path", "dropout"):
             _require(0 <= getattr(self, name) < 1, name, f"{getattr(self, name)} must be in [0, 1)")
@@ -287,7 +287,7 @@ def seconds(duration: str) -> float:
         return math.inf
     total, number = 0.0, ""
     for letter in duration.strip().lower():
-        if letter.isdigit() or letter == ".":
+        if letter.isdecimal() or letter == ".":
             number += letter
         elif letter in "dhms" and number.count(".") <= 1 and number.strip("."):
             total, number = total + float(number) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[letter], ""
@@ -308,7 +308,11 @@ def nearest(name: str, names: Any) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass of this file as plain dicts, lists and scalars, ready for JSON."""
-    return dataclasses.asdict(config, dict_factory=lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs})
+    return dataclasses.asdict(config, dict_factory=lambda pairs: {name: _lists(value) for name, value in pairs})
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def from_dict(kind: type[T], values: Any, where: str = "") -> T:

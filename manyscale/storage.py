@@ -21,8 +21,10 @@ def write(path: Path | str, content: bytes | str | Callable[[Path], None]) -> No
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         if callable(content):
-            beside.touch()  # by the umask: some writers make their own file private
+            beside.touch()
+            mode = beside.stat().st_mode
             content(beside)
+            beside.chmod(mode)  # by the umask: safetensors makes its files private
         else:
             beside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(beside)

@@ -3,10 +3,12 @@
 Shapes: B good pictures of H x W pixels.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -156,20 +158,40 @@ def _batches(samples: _Samples, keys: Iterator[list[Key]], *, workers: int, poli
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader draws a seed we do not use; this keeps it from the caller's generator
     )
-    for read in loader:
+    with _signals_held():
+        reads = iter(loader)
+    for read in reads:
         if policy == "stop" and read.bad:
             bad = BadImage(*read.bad[0])
             raise ValueError(f"{bad}; repair or remove the file, or leave such files out with `bad_files` skip")
         yield read
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """Lets the parent finish its step and save when the whole process group is told to stop (Ctrl-C, `timeout`, Slurm).
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block, and never reach processes that start in it: they are born deaf to them."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    A second SIGTERM is the parent's own, for a worker that does not leave when asked.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Lets the parent finish its step and save when all processes are told to stop at once (Ctrl-C, `timeout`, Slurm, systemd)."""
+    if hasattr(signal, "sigwaitinfo"):  # a handler could not tell who sent the signal
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _hash(*numbers: int) -> int:

@@ -20,6 +20,7 @@ from manyscale.storage import read_json, sync, write, write_json
 
 FORMAT = 1
 PREFIX = "step_"
+FILES = {"state.safetensors", "state.json"}
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> Path:
@@ -34,8 +35,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], values:
     try:
         write(aside / "state.safetensors", lambda path: save_file({k: t.detach().contiguous() for k, t in tensors.items()}, path))
         write_json(aside / "state.json", {"format": FORMAT, "values": values})
-        files = {path.name: {"bytes": path.stat().st_size, "xxh3_128": _hash(path)} for path in sorted(aside.iterdir())}
-        write_json(aside / "manifest.json", files)
+        write_json(aside / "manifest.json", {name: _fingerprint(aside / name) for name in sorted(FILES)})
         if final.exists():  # the same step again, after a fallback: the new one is as good
             os.replace(final, _unused(folder / f".old_{final.name}"))
         os.replace(aside, final)
@@ -70,14 +70,15 @@ def verify(path: Path) -> str:
         manifest = read_json(path / "manifest.json")
     except ValueError as error:
         return str(error)
+    if set(manifest) != FILES:
+        return f"manifest.json lists {', '.join(manifest)}"
     for name, entry in manifest.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        if _hash(file) != entry["xxh3_128"]:
-            return f"{name} is not what was written: its hash differs"
+        found = _fingerprint(file)
+        if entry != found:
+            return f"{name} is not what was written: {found}, not {entry}"
     return ""
 
 
@@ -99,9 +100,9 @@ def _unused(path: Path) -> Path:
     return next(p for p in tries if not p.exists())
 
 
-def _hash(path: Path) -> str:
+def _fingerprint(path: Path) -> dict[str, Any]:
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             state.update(block)
-    return state.hexdigest()
+    return {"bytes": path.stat().st_size, "xxh3_128": state.hexdigest()}

@@ -1,0 +1,124 @@
+"""The closed form against the model itself: parameters to the digit, multiply-adds against torch's own counter."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from manyscale.config import SwinConfig
+from manyscale.layers.attention import WindowAttention
+from manyscale.models.swin import Swin
+from manyscale.plan.count import count, table
+from manyscale.presets import list_models, model_config
+
+MICRO = {"image_size": 32, "width": 16, "depths": (2, 3), "heads": (2, 4), "window": ((4, 4), (4, 4)), "classes": 10}
+NORMS, BIASES = ("pre", "post", "sandwich", "res-post"), ("table", "linear-cpb", "log-cpb")
+SWITCHES = list(itertools.product(("dot", "cosine"), NORMS, BIASES, ("before", "after")))
+OTHERS = {
+    "padded": {"image_size": (36, 43)},
+    "clipped": {"image_size": (12, 64), "window": ((7, 5), (3, 8))},
+    "one window an axis": {"window": (3, 5)},
+    "one token": {"image_size": 1},
+    "no head": {"classes": 0},
+    "level norms": {"level_norms": True},
+    "grey": {"channels": 1, "patch": (2, 3)},
+    "uneven mlp": {"mlp_ratio": 2.7},
+    "extra norms by stage": {"depths": (2, 5), "extra_norm_every": 2},
+    "extra norms by model": {"depths": (3, 4), "extra_norm_every": 2, "extra_norm_scope": "model"},
+    "video": {"image_size": (6, 20, 33), "patch": (2, 4, 4), "window": ((2, 4, 4), (8, 2, 2))},
+    "video table": {"image_size": (5, 20, 33), "patch": (2, 4, 4), "window": (2, 3, 4), "bias": "table"},
+    "three stages": {"depths": (1, 1, 1), "heads": (1, 2, 4), "window": 4},
+}
+
+
+def measured(config: SwinConfig) -> tuple[int, float]:
+    """Parameters and multiply-adds of the real model, on the meta device."""
+    with torch.device("meta"):
+        model = Swin(config).eval()
+        images = torch.empty(1, config.channels, *config.size)
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            module.attention_path = "reference"  # two plain products, which the counter sees
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
+
+
+def agrees(config: SwinConfig) -> None:
+    counted, (parameters, macs) = count(config), measured(config)
+    assert counted.parameters == parameters
+    assert counted.macs == macs
+    assert counted.parameters == sum(row.parameters for row in counted.rows)
+    assert counted.macs == sum(row.macs for row in counted.rows)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_presets(name):
+    agrees(model_config(name))
+
+
+@pytest.mark.parametrize(("similarity", "norm", "bias", "merge_norm"), SWITCHES)
+def test_switches(similarity, norm, bias, merge_norm):
+    agrees(SwinConfig(**{**MICRO, "similarity": similarity, "norm": norm, "bias": bias, "merge_norm": merge_norm}))
+
+
+@pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS.keys())
+def test_other_fields(fields):
+    agrees(SwinConfig(**{**MICRO, **fields}))
+
+
+@pytest.mark.parametrize(("size", "window"), [(640, 40), (384, 24), (500, 16)])
+def test_large_images(size, window):
+    agrees(model_config("swinv2_tiny", image_size=size, window=window))
+
+
+# FLOPs of the official zoo: name, image size, window, GFLOPs.
+ZOO = [
+    ("swinv2_tiny", 256, 8, 5.9),
+    ("swinv2_small", 256, 8, 11.5),
+    ("swinv2_base", 256, 8, 20.3),
+    ("swinv2_tiny", 256, 16, 6.6),
+    ("swinv2_small", 256, 16, 12.6),
+    ("swinv2_base", 256, 16, 21.8),
+    ("swinv2_large", 256, 16, 47.5),
+    ("swinv2_base", 384, 24, 54.7),
+    ("swinv2_large", 384, 24, 115.4),
+    ("swin_tiny", 224, 7, 4.5),
+    ("swin_small", 224, 7, 8.7),
+    ("swin_base", 224, 7, 15.4),
+    ("swin_base", 384, 12, 47.1),
+    ("swin_large", 384, 12, 103.9),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "window", "giga"), ZOO)
+def test_against_the_zoo(name, size, window, giga):
+    counted = count(model_config(name, image_size=size, window=window))
+    assert counted.macs / 1e9 == pytest.approx(giga, rel=0.015)
+    without_bias = counted.macs - sum(row.bias for row in counted.rows)
+    assert without_bias / 1e9 == pytest.approx(giga, rel=0.005)
+
+
+def test_rows_follow_the_image():
+    rows = count(model_config("swinv2_tiny", window=16)).rows
+    assert [row.part for row in rows] == ["stem", "stage 1", "merge 1", "stage 2", "merge 2", "stage 3", "merge 3", "stage 4", "head"]
+    assert [row.window for row in rows if row.window] == [(16, 16), (16, 16), (16, 16), (8, 8)]
+    assert [row.grid for row in rows if row.window] == [(64, 64), (32, 32), (16, 16), (8, 8)]
+
+
+def test_attention_grows_with_the_window_alone():
+    small, large = (count(model_config("swinv2_tiny", window=window)) for window in (8, 16))
+    for before, after in zip(small.rows[1:6:2], large.rows[1:6:2], strict=True):  # the stages that are not clipped
+        assert after.attention == 4 * before.attention
+        assert after.macs - after.attention - after.bias == before.macs - before.attention - before.bias
+        assert after.parameters == before.parameters
+
+
+def test_table():
+    counted = count(model_config("swinv2_tiny"))
+    heading, *rows, total = table(counted)
+    assert len(rows) == len(counted.rows)
+    assert all(len(row) == len(heading) and all(isinstance(cell, str) for cell in row) for row in (*rows, total))
+    assert total == ("total", "", "", "28,347,154", "5.940", "4.0%", "0.3%")
+    assert rows[1][:3] == ("stage 1", "64x64", "8x8")

@@ -1,0 +1,129 @@
+import json
+import os
+import random
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from manyscale.train import checkpoint
+from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tidy, verify
+
+TENSORS = {"model.a": torch.arange(1000.0), "optimiser.a.step": torch.tensor(3.0), "model.b": torch.randn(3, 5).bfloat16()}
+
+
+def test_round_trip_and_no_pickle_anywhere(tmp_path):
+    path = save_checkpoint(tmp_path, 7, TENSORS, {"step": 7})
+    tensors, values = load_checkpoint(tmp_path, print)
+    assert values == {"step": 7}
+    assert all(torch.equal(tensors[k], TENSORS[k]) and tensors[k].dtype == TENSORS[k].dtype for k in TENSORS)
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "state.json", "state.safetensors"]
+    assert load_file(path / "state.safetensors").keys() == TENSORS.keys()
+    mode = stat.S_IMODE((path / "state.safetensors").stat().st_mode)
+    assert mode & stat.S_IRUSR and mode == stat.S_IMODE((path / "state.json").stat().st_mode)  # by the umask, not 0600
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_flip_truncation_or_zeroed_block_is_found_named_and_stepped_over(tmp_path, seed):
+    save_checkpoint(tmp_path, 1, TENSORS, {"step": 1})
+    newest = save_checkpoint(tmp_path, 2, TENSORS, {"step": 2})
+    chance = random.Random(seed)
+    file = newest / chance.choice(["state.safetensors", "state.json", "manifest.json"])
+    content = bytearray(file.read_bytes())
+    place = chance.randrange(len(content))
+    match seed % 3:
+        case 0:
+            content[place] ^= 1 << chance.randrange(8)
+        case 1:
+            content = content[:place]
+        case 2:
+            content[place : place + 16] = b"\0" * len(content[place : place + 16])
+    if bytes(content) == file.read_bytes():
+        pytest.skip("the block was zero already")
+    file.write_bytes(content)
+    notes = []
+    found = load_checkpoint(tmp_path, notes.append)
+    if found[1]["step"] == 2:  # only white space of the manifest can change without its meaning changing
+        assert file.name == "manifest.json" and json.loads(content) == json.loads((tmp_path / "step_00000002" / "manifest.json").read_text())
+    else:
+        assert found[1]["step"] == 1 and len(notes) == 1 and "step_00000002" in notes[0]
+        assert (tmp_path / "damaged_step_00000002").exists()
+
+
+def test_a_missing_file_is_damage(tmp_path):
+    path = save_checkpoint(tmp_path, 1, TENSORS, {})
+    (path / "state.json").unlink()
+    assert verify(path) == "state.json is missing"
+
+
+class Crash(BaseException):
+    pass
+
+
+def test_a_crash_at_any_call_leaves_the_step_before_or_the_new_one(tmp_path, monkeypatch):
+    """Every write, sync and rename in turn is the last thing that happens."""
+    points = 0
+    while True:
+        folder = tmp_path / str(points)
+        save_checkpoint(folder, 1, TENSORS, {"step": 1})
+        left = [points]
+
+        def bomb(real, left=left):
+            def call(*args, **kwargs):
+                if left[0] == 0:
+                    raise Crash
+                left[0] -= 1
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "fsync", "open"):
+                patch.setattr(os, name, bomb(getattr(os, name)))
+            patch.setattr(checkpoint, "save_file", bomb(checkpoint.save_file))
+            patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)  # a killed process cleans nothing up
+            try:
+                save_checkpoint(folder, 2, TENSORS, {"step": 2})
+                tidy(folder, 1)
+                finished = True
+            except Crash:
+                finished = False
+        tensors, values = load_checkpoint(folder, print)
+        assert values["step"] in ((2,) if finished else (1, 2))
+        assert torch.equal(tensors["model.a"], TENSORS["model.a"])
+        save_checkpoint(folder, 3, TENSORS, {"step": 3})  # what was left behind is in nobody's way
+        tidy(folder, 1)
+        assert [p.name for p in folder.iterdir()] == ["step_00000003"]
+        if finished:
+            break
+        points += 1
+    assert points >= 15
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, TENSORS, {"step": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, 2, TENSORS, {"step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert load_checkpoint(tmp_path, print)[1] == {"step": 1}
+
+
+def test_tidy_keeps_the_newest(tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, TENSORS, {})
+    tidy(tmp_path, 2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_00000004", "step_00000005"]
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    save_checkpoint(tmp_path, 1, TENSORS, {})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format 2.*upgrade"):
+        load_checkpoint(tmp_path, print)

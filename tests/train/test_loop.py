@@ -1,0 +1,198 @@
+import hashlib
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import manyscale as ms
+from manyscale.config import Run, from_dict
+from manyscale.train import loop
+from manyscale.train.checkpoint import checkpoints, load_checkpoint
+from manyscale.train.loop import Stopped, train
+from tests.conftest import shorter
+
+
+def fingerprint(folder: str) -> dict[str, str]:
+    """The last state's tensors and the best weights, hashed."""
+    tensors, _ = load_checkpoint(Path(folder), print)
+    state = hashlib.sha256(b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    return {"state": state, "best": hashlib.sha256((Path(folder) / "best" / "model.safetensors").read_bytes()).hexdigest()}
+
+
+def interrupt(monkeypatch, at: int) -> None:
+    """SIGTERM itself after `at` steps of this sitting."""
+    real, left = loop._Training._step, [at]
+
+    def step(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(loop._Training, "_step", step)
+
+
+def train_in_pieces(run: Run, monkeypatch, at: int) -> int:
+    sittings = 0
+    while True:
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            sittings += 1
+            try:
+                train(run)
+                return sittings
+            except Stopped as stopped:
+                assert stopped.exit_code == 143 and "the same command goes on" in str(stopped)
+
+
+def test_resume_is_bit_exact_wherever_it_stops_and_for_any_number_of_workers(micro, tmp_path, monkeypatch):
+    whole = train(micro)
+    for at, workers in ((1, 0), (3, 0), (4, 2)):
+        run = replace(micro, out=str(tmp_path / f"{at}_{workers}"), input=replace(micro.input, workers=workers))
+        assert train_in_pieces(run, monkeypatch, at) >= 2
+        assert fingerprint(run.out) == fingerprint(micro.out)
+        summary = json.loads((Path(run.out) / "summary.json").read_text())
+        assert summary["best"] == whole["best"] and summary["steps"] == whole["steps"] == 10
+        losses = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in losses if "loss" in r] == list(range(1, 11))  # once each, none lost
+
+
+def test_a_run_leaves_what_it_promises(micro):
+    micro = replace(micro, tensorboard=True)
+    train(micro)
+    folder = Path(micro.out)
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"metrics.jsonl", "curves.png", "samples.png", "recipe.json", "summary.json", "best", "step_00000010", "tensorboard"}
+    assert not any(name.startswith(".step") for name in names)
+    assert {p.name for p in (folder / "best").iterdir()} == {"model.safetensors", "config.json", "recipe.json", "metrics.json"}
+    stored = from_dict(Run, json.loads((folder / "recipe.json").read_text()))
+    assert stored == replace(micro, model=replace(micro.model, classes=10))
+    model = ms.load(folder)
+    assert model.labels == tuple("0123456789") and model.preprocess.image_size == (16, 16)
+    again = train(micro)  # finished: nothing is trained, the summary stands
+    assert again["steps"] == 10
+    assert not any(p.suffix in (".pkl", ".pt", ".pth") for p in folder.rglob("*"))
+
+
+def test_the_best_weights_are_the_moving_average_that_was_evaluated(micro):
+    train(micro)
+    tensors, _ = load_checkpoint(Path(micro.out), print)
+    best, metrics = ms.load(micro.out), json.loads((Path(micro.out) / "best" / "metrics.json").read_text())
+    if metrics["step"] == 10:
+        for name, tensor in best.state_dict().items():
+            assert torch.equal(tensor, tensors[f"ema.module.{name}"])
+            assert not torch.equal(tensor, tensors[f"model.{name}"]) or name == "bias"
+
+
+def test_a_non_finite_loss_stops_names_the_module_and_keeps_the_last_good_checkpoint(micro, monkeypatch):
+    run = shorter(micro, save_steps=2)
+    real = loop._Training._step
+
+    def poison(self, batch, lr):
+        if self.clock.step == 5:
+            with torch.no_grad():
+                self.state.model.stages[0].blocks[1].mlp.branch.fc1.weight[0, 0] = float("nan")
+        return real(self, batch, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "_step", poison)
+        with pytest.raises(Stopped, match=r"step 6: the loss is not finite, first in module stages\.0\.blocks\.1\.mlp\.branch\.fc1;") as caught:
+            train(run)
+    assert caught.value.exit_code == 1
+    tensors, values = load_checkpoint(Path(run.out), print)
+    assert values["step"] in (4, 5) and all(t.isfinite().all() for t in tensors.values())
+    assert json.loads((Path(run.out) / "metrics.jsonl").read_text().splitlines()[-1])["samples"]
+    train(run)  # and it goes on from there
+
+
+def test_a_non_finite_gradient_stops_before_the_update(micro, monkeypatch):
+    training = []
+    real = loop._Training._step
+
+    def poison(self, batch, lr):
+        training[:] = [self]
+        self.state.model.head.weight.register_hook(lambda grad: grad * float("inf"))
+        return real(self, batch, lr)
+
+    monkeypatch.setattr(loop._Training, "_step", poison)
+    with pytest.raises(Stopped, match=r"step 1: the gradient of head\.weight is not finite"):
+        train(micro)
+    assert all(p.isfinite().all() for p in training[0].state.model.parameters())
+
+
+def test_another_recipe_or_task_in_the_same_folder_is_refused_and_named(micro):
+    train(shorter(micro, epochs=1))
+    with pytest.raises(ValueError, match=r"holds another run(.|\n)*schedule\.epochs: 1 there, 2 now"):
+        train(micro)
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.002 there, 0\.5 now"):
+        train(shorter(replace(micro, optim=replace(micro.optim, lr=0.5)), epochs=1))
+    recipe = Path(micro.out) / "recipe.json"
+    recipe.write_text(recipe.read_text().replace('"task": "classify"', '"task": "simmim"'))
+    with pytest.raises(ValueError, match=r"recipe\.json: field `task`: expected classify, found 'simmim'"):
+        train(shorter(micro, epochs=1))
+
+
+def test_one_process_trains_in_a_folder(micro):
+    with loop._only_one(Path(micro.out).parent), pytest.raises(ValueError, match="another process is training"):
+        train(replace(micro, out=str(Path(micro.out).parent)))
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(micro, capsys, monkeypatch):
+    train(micro)
+    good = fingerprint(micro.out)
+    newest = checkpoints(Path(micro.out))[-1] / "state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    train(micro)
+    assert "step_00000010 is damaged" in capsys.readouterr().out
+    assert fingerprint(micro.out) == good
+
+
+def test_patience_ends_a_run_that_stands_still(micro):
+    run = shorter(replace(micro, optim=replace(micro.optim, lr=1e-12, min_lr=0.0, warmup_lr=0.0, ema=0.0)), epochs=9, patience=2)
+    assert train(run)["steps"] == 15  # best at the first evaluation, then two no better
+
+
+def test_a_time_budget_plans_the_steps_and_is_kept(micro):
+    run = shorter(micro, epochs=10**6, time="6s")
+    summary = train(run)
+    assert summary["seconds"] < 12
+    records = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    rates = [r["lr"] for r in records if "lr" in r]
+    assert rates[-1] < 0.35 * max(rates)  # the cosine came down
+
+
+def test_fine_tuning_starts_from_weights_at_a_new_size_with_a_new_head(micro, tmp_path):
+    train(shorter(micro, epochs=1))
+    old = ms.load(micro.out)
+    run = replace(micro, init=micro.out, out=str(tmp_path / "tuned"), model=replace(micro.model, image_size=32, window=8), optim=replace(micro.optim, lr=1e-9, min_lr=0.0, warmup_lr=0.0))
+    train(shorter(run, epochs=1))
+    tuned = ms.load(run.out)
+    assert tuned.config.window == 8 and tuned.config.pretrained_windows == old.config.windows
+    torch.testing.assert_close(tuned.head.weight, old.head.weight, atol=1e-6, rtol=0)
+    train(shorter(run, epochs=1))  # the same command again finds its own folder
+
+
+def test_data_own_a_bad_file_is_skipped_counted_and_named(micro, tmp_path):
+    from PIL import Image
+
+    data = tmp_path / "pictures"
+    for split, count in (("train", 12), ("val", 3)):
+        for label, shade in (("dark", 40), ("light", 200)):
+            (data / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20 + i, 30), (shade, shade + i, shade)).save(data / split / label / f"{i}.png")
+    (data / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    (data / "val" / "light" / "empty.jpg").touch()
+    run = replace(micro, input=replace(micro.input, data=str(data)), batch=5, accumulate=1)
+    summary = train(run)
+    assert summary["bad_files"] == 2
+    listed = [json.loads(line) for line in (Path(run.out) / "bad_files.jsonl").read_text().splitlines()]
+    assert {Path(bad["path"]).name for bad in listed} == {"broken.png", "empty.jpg"}
+    stop = replace(run, input=replace(run.input, bad_files="stop"), out=str(tmp_path / "stop"))
+    with pytest.raises(ValueError, match=r"(broken\.png|empty\.jpg)"):
+        train(stop)
