@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 def order(count: int, seed: int, epoch: int) -> Tensor:
     """The permutation of `count` samples that an epoch goes through, (count,) int64."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_hash(seed, epoch)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
@@ -133,7 +133,7 @@ class _Samples(Dataset):
         """
         state = torch.get_rng_state()
         try:
-            torch.default_generator.manual_seed(_hash(self.seed, epoch, index))
+            torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
             return self.transform(picture)
         finally:
             torch.set_rng_state(state)
@@ -194,7 +194,7 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _hash(*numbers: int) -> int:
+def seed_from(*numbers: int) -> int:
     """A seed in [0, 2^63) from several numbers: neighbours get unrelated ones, which sums and products do not give."""
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

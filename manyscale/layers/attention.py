@@ -46,7 +46,7 @@ class WindowAttention(nn.Module):
         if self.similarity == "cosine":
             # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding
             scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).clamp(max=math.log(100)).exp()
-            q, k = (unit(q) * scale).to(v.dtype), unit(k).to(v.dtype)
+            q, k = unit(q, scale).to(v.dtype), unit(k).to(v.dtype)
         else:
             q = q * q.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from manyscale.config import Run, from_dict, seconds, to_dict
+from manyscale.data.loader import seed_from
 from manyscale.models import Swin, build, load, save, transfer
 from manyscale.storage import read_json, write_json
 from manyscale.tasks import TASKS
@@ -25,7 +26,7 @@ from manyscale.train.checkpoint import load_checkpoint, save_checkpoint, tidy
 from manyscale.train.log import Log
 from manyscale.train.optim import set_rate
 from manyscale.train.schedule import rate
-from manyscale.train.state import State, amend_seed, pick_device, pick_precision
+from manyscale.train.state import State, pick_device, pick_precision
 
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
 FREE = {"out", "device", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes", "schedule.save_steps",
@@ -52,17 +53,17 @@ def train(run: Run) -> dict[str, Any]:
         ValueError: a recipe, folder or data set that cannot be used.
         Stopped: SIGTERM or Ctrl-C (a checkpoint was written), or a non-finite loss (the last good one is kept).
     """
-    folder = Path(run.folder)
+    began, folder = time.monotonic(), Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
         task = TASKS[run.task](_check_recipe(folder, run))
-        return _Training(folder, task).go()
+        return _Training(folder, task, began).go()
 
 
 class _Training:
     """One sitting of a run."""
 
-    def __init__(self, folder: Path, task: Any) -> None:
+    def __init__(self, folder: Path, task: Any, began: float) -> None:
         self.folder, self.task = folder, task
         self.device = pick_device(task.run.device)
         self.precision = pick_precision(task.run.precision, self.device)
@@ -72,7 +73,7 @@ class _Training:
         task.finish(model)
         self.state = State(model.to(self.device), self.run.optim)
         self.signal = 0
-        self.began = self.saved = time.monotonic()
+        self.began, self.saved = began, time.monotonic()  # opening the data counts towards a time budget
 
     def go(self) -> dict[str, Any]:
         notes: list[str] = []
@@ -148,7 +149,7 @@ class _Training:
         state, run, clock = self.state, self.run, self.clock
         set_rate(state.optimiser, lr)
         state.model.train()
-        torch.manual_seed(amend_seed(run.seed, clock.step))
+        torch.manual_seed(seed_from(run.seed, clock.step))
         images, targets = self.task.targets(batch, self.device)
         total = 0.0
         for part, soft in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):

@@ -72,17 +72,6 @@ class State:
         self.clock = Clock(**values)
 
 
-def amend_seed(seed: int, *numbers: int) -> int:
-    """A 63-bit seed that depends on every number, for torch.manual_seed."""
-    mixed = seed
-    for number in numbers:  # splitmix64 (Steele et al. 2014)
-        mixed = (mixed + 0x9E3779B97F4A7C15 + number) & (2**64 - 1)
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        mixed ^= mixed >> 31
-    return mixed >> 1
-
-
 def pick_device(name: str) -> torch.device:
     """The device of a name; `auto`: the accelerator where there is one.
 

@@ -125,14 +125,13 @@ def test_what_a_run_is_made_of(reference):
 
 def test_what_a_run_reads():
     class Counted(Shades):
-        asked: list[int] = []
-
         def read(self, index: int) -> Image.Image:
-            self.asked.append(index)
+            asked.append(index)
             return super().read(index)
 
+    asked: list[int] = []
     run(0, 8, source=Counted(20))
-    assert Counted.asked == order(20, 3, 2)[12:18].tolist(), "nothing but the batch of the last step"
+    assert asked == order(20, 3, 2)[12:18].tolist(), "nothing but the batch of the last step"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -133,7 +133,7 @@ def test_names_that_are_no_text(tmp_path):
 def test_by_name_under_the_data_home(tmp_path, home, monkeypatch):
     make(home / "flowers", "rose", "tulip")
     assert open_splits(Input(data="flowers"), 0).classes == ("rose", "tulip")
-    with pytest.raises(ValueError, match="`data`.*'flowres'.*give the path of a folder.*did you mean `flowers`"):
+    with pytest.raises(ValueError, match=r"`data`.*'flowres'.*give the path of a folder.*did you mean `flowers`"):
         open_splits(Input(data="flowres"), 0)
     with pytest.raises(ValueError, match="known: digits, flowers"):
         open_splits(Input(data="/no/such/thing"), 0)

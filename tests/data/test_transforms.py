@@ -216,7 +216,7 @@ def test_statistics_of_few_bad_and_plain_pictures():
     source = Pictures(*[black] * 10)
     measure_statistics(source, limit=4)
     assert source.asked == [0, 3, 6, 9]
-    with pytest.raises(ValueError, match="not one of the pictures can be read; 1.png: empty file"):
+    with pytest.raises(ValueError, match=r"not one of the pictures can be read; 1\.png: empty file"):
         measure_statistics(Pictures(None, None))
 
 

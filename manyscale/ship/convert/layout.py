@@ -95,7 +95,7 @@ def to_theirs(rows: list[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Our tensors under their names, each a copy of its own."""
     result = {}
     for row in rows:
-        whole = torch.cat([torch.zeros_like(state[row.ours[0]]) if name is None else state[name] for name in row.ours])
+        whole = _join([torch.zeros_like(state[row.ours[0]]) if name is None else state[name] for name in row.ours])
         if row.columns:
             whole = whole.index_select(-1, row.columns(whole.shape[-1]).to(whole.device))
         result.update(zip(row.theirs, (part.clone() for part in whole.chunk(len(row.theirs))), strict=True))
@@ -106,7 +106,7 @@ def to_ours(rows: list[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_theirs`."""
     result = {}
     for row in rows:
-        whole = torch.cat([state[name] for name in row.theirs])
+        whole = _join([state[name] for name in row.theirs])
         if row.columns:
             whole = whole.index_select(-1, row.columns(whole.shape[-1]).argsort().to(whole.device))
         parts = zip(row.ours, whole.chunk(len(row.ours)), strict=True)
@@ -154,6 +154,10 @@ def learnt_windows(layout: Layout, config: SwinConfig, state: Mapping[str, Tenso
 def merge_order(length: int) -> Tensor:
     """The four neighbours of a merging as torch's Unfold gives them: by channel, then along rows. Ours: down columns, then by channel."""
     return torch.arange(length).reshape(4, length // 4)[[0, 2, 1, 3]].T.flatten()
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]  # the copy is made where the result is taken apart
 
 
 def _places(config: SwinConfig) -> list[dict[str, int]]:
