@@ -46,14 +46,14 @@ def transfer(
         drop_path=model.config.drop_path if drop_path is None else drop_path,
     )
     new = build(config).to(next(model.parameters()))
-    own, tensors = new.state_dict(), model.state_dict()
+    tensors = model.state_dict()
+    if classes is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     for name in tensors:
         if name.endswith("bias.table"):
             stage = int(name.split(".")[1])
             tensors[name] = resize_table(tensors[name], model.config.windows[stage], config.windows[stage], table)
-        elif name.startswith("head.") and classes is not None:
-            tensors[name] = own[name]
-    new.load_state_dict(tensors)
+    new.load_state_dict({**new.state_dict(), **tensors})
     new.train(model.training)
     new.labels = model.labels if classes is None else ()
     if model.preprocess and config.axes == 2:

@@ -1,0 +1,182 @@
+"""What a person types, and what they read when it was wrong: exit code 2, one message that names the fix, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import manyscale as ms
+from manyscale.cli import VERBS, main
+from manyscale.config import Preprocess, Run, to_dict
+from manyscale.storage import write_json
+from tests.conftest import loud
+
+MICRO = dict(image_size=32, patch=4, window=4, width=16, depths=(1, 1), heads=(2, 4), classes=10)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = loud(ms.create_model("swinv2_tiny", **MICRO))
+    model.preprocess, model.labels = Preprocess(image_size=(32, 32), crop_ratio=1.0), tuple("0123456789")
+    ms.save(model, tmp_path / "best")
+    write_json(tmp_path / "best" / "recipe.json", to_dict(Run(recipe="digits")))
+    return tmp_path
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in arguments])
+    said = capsys.readouterr()
+    assert left.value.code == 2, said
+    assert "Traceback" not in said.err
+    return " ".join((said.err + said.out).replace("│", " ").split())
+
+
+def test_help_answers_in_under_a_second():
+    for arguments in (["--help"], ["train", "digits", "--help"], ["predict", "--help"]):
+        spent = []
+        for _ in range(3):  # the best of three: the machine has other things to do
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-m", "manyscale.cli", *arguments], capture_output=True, text=True, timeout=60)
+            spent.append(time.perf_counter() - start)
+            assert done.returncode == 0 and done.stdout
+        assert min(spent) < 1.0
+
+
+def test_every_verb_has_help(capsys):
+    main([])
+    overview = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"manyscale {verb}" in overview
+    main(["--version"])
+    assert capsys.readouterr().out == f"manyscale {ms.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "unknown verb `trian`; did you mean `train`?"),
+        (["train", "digts"], "unknown recipe `digts`; did you mean `digits`?"),
+        (["train"], "give a recipe"),
+        (["train", "digits", "--lr", "nan"], "field `lr`: nan is not a finite number"),
+        (["train", "digits", "--lr", "-1"], "field `lr`: -1.0 must be positive"),
+        (["train", "digits", "--window", "0"], "field `window`: 0 must be at least 1"),
+        (["train", "digits", "--windw", "4"], "--window"),
+        (["train", "digits", "--time", "soon"], "field `time`: 'soon' is not a duration; write 90s, 30m, 8h or 1h30m"),
+        (["train", "digits", "--batch", "0"], "field `batch`: 0 must be at least 1"),
+        (["train", "digits", "--accumulate", "7"], "field `accumulate`: 7 must divide the batch 64"),
+        (["train", "digits", "--heads", "5", "6"], "field `heads`: 5 of stage 1 must divide its width"),
+        (["train", "digits", "--bias", "tabel"], "tabel"),
+        (["train", "folder", "--data", "/no/such/place"], "no folder '/no/such/place'"),
+        (["predict", "/no/such/run", "x.png"], "/no/such/run: no such file or folder"),
+        (["plan", "count", "swinv2_tinny"], "unknown model `swinv2_tinny`; did you mean `swinv2_tiny`?"),
+        (["plan", "weather"], "unknown plan `weather`; known: count"),
+        (["plan", "count", "swinv2_tiny", "--window", "0"], "field `window`: 0 must be at least 1"),
+        (["convert", "/no/file.pth", "--source", "timm", "--name", "swinv2_tiny", "--out", "x"], "/no/file.pth"),
+        (["eval", "/no/such/run"], "/no/such/run: no such file or folder"),
+    ],
+)
+def test_wrong_words_are_explained(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MANYSCALE_DATA", str(tmp_path))
+    assert words in refused(capsys, *arguments)
+    assert not list(tmp_path.glob("runs/*/step_*"))
+
+
+def test_a_batch_larger_than_the_set(capsys, tmp_path):
+    assert "field `batch`: 4096 is more than the 1438 training images" in refused(
+        capsys, "train", "digits", "--batch", "4096", "--out", tmp_path / "r"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written(capsys):
+    said = refused(capsys, "train", "digits", "--out", "/proc/self/runs")
+    assert "/proc/self/runs" in said and "--out" in said
+
+
+def pictures(folder: Path) -> Path:
+    folder.mkdir()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(folder / "a.png")
+    Image.new("L", (1, 1)).save(folder / "b.jpg")
+    (folder / "c.jpg").write_text("<html>404</html>")
+    (folder / "d.png").touch()
+    return folder
+
+
+def test_predict_answers_for_every_file_and_leaves_a_sheet(saved, capsys):
+    folder = pictures(saved / "pictures")
+    main(["predict", str(saved), str(folder), "--top", "5"])
+    out = capsys.readouterr().out
+    assert "not an image" in out and "empty file" in out
+    lines = [json.loads(line) for line in (saved / "predictions" / "predictions.jsonl").read_text().splitlines()]
+    assert [Path(line["path"]).name for line in lines] == ["a.png", "b.jpg", "c.jpg", "d.png"]
+    assert len(lines[0]["top"]) == 5 and "error" in lines[2] and "error" in lines[3]
+    probabilities = [entry["probability"] for entry in lines[0]["top"]]
+    assert probabilities == sorted(probabilities, reverse=True) and lines[0]["top"][0]["label"] in "0123456789"
+    with Image.open(saved / "predictions" / "sheet.png") as sheet:
+        assert sheet.size[0] > 100
+    main(["predict", str(saved), str(folder / "a.png"), "--json-lines", "--out", str(saved / "elsewhere")])
+    alone = json.loads(capsys.readouterr().out)["top"]
+    assert [entry["label"] for entry in alone] == [entry["label"] for entry in lines[0]["top"]]
+    assert [entry["probability"] for entry in alone] == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_predict_with_nothing_to_read(saved, capsys):
+    folder = pictures(saved / "pictures")
+    assert "none of the 2 files could be read" in refused(capsys, "predict", saved, folder / "c.jpg", folder / "d.png")
+    (saved / "empty").mkdir()
+    assert "no pictures below this folder" in refused(capsys, "predict", saved, saved / "empty")
+    assert "give at least one picture" in refused(capsys, "predict", saved)
+
+
+def test_transfer_and_eval_of_a_saved_model(saved, capsys):
+    main(["transfer", str(saved), "--image-size", "64", "--window", "16", "--out", str(saved / "large")])
+    out = capsys.readouterr().out
+    assert "stage 2: window (16, 16) is larger than its grid (8, 8): clipped" in out
+    assert ms.load(saved / "large").preprocess.image_size == (64, 64)
+    main(["eval", str(saved / "large"), "--workers", "0", "--json-lines"])
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["pictures"] == 359 and 0 <= metrics["accuracy"] <= 1
+    assert "has no split `test`" in refused(capsys, "eval", saved, "--split", "test")
+    assert "field `window`" in refused(capsys, "transfer", saved, "--image-size", "64", "--window", "0", "--out", saved / "x")
+
+
+def test_eval_refuses_other_classes(saved, capsys):
+    for name in ("cat", "dog"):
+        (saved / "pets" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8)).save(saved / "pets" / name / f"{i}.png")
+    assert "the set's classes are not the model's: it has besides cat, dog" in refused(capsys, "eval", saved, "--data", saved / "pets")
+
+
+def test_convert_brings_a_foreign_checkpoint_in(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    foreign = ms.export_weights(ms.create_model("swinv2_tiny", classes=10), target="timm")
+    save_file({k: v.contiguous() for k, v in foreign.items()}, tmp_path / "timm.safetensors")
+    main(["convert", str(tmp_path / "timm.safetensors"), "--source", "timm", "--name", "swinv2_tiny", "--out", str(tmp_path / "m")])
+    assert "swinv2_tiny" in capsys.readouterr().out
+    assert ms.load(tmp_path / "m")(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half")
+    assert "half.pth" in refused(capsys, "convert", tmp_path / "half.pth", "--source", "timm", "--name", "swinv2_tiny", "--out", tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+
+
+def test_plan_and_models_print_the_papers_numbers(capsys):
+    main(["plan", "count", "swinv2_tiny"])
+    assert "28,347,154" in capsys.readouterr().out
+    main(["models", "swinv2*"])
+    assert "3,001,940,680" in capsys.readouterr().out
+
+
+def test_doctor_finds_this_machine_well(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert "one step of Swin V2" in out and "FAIL" not in out
