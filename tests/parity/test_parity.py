@@ -62,11 +62,11 @@ def by(size: int | tuple[int, ...]) -> str:
 
 CASES = [
     Case("timm", "swinv2_tiny", 256, 8),
-    Case("timm", "swinv2_small", 256, 8),
+    Case("timm", "swinv2_small", 256, 16, net="narrow S"),
     Case("timm", "swinv2_base", 256, 8),
-    Case("timm", "swinv2_tiny", 192, 12, net="narrow T"),
-    Case("timm", "swinv2_tiny", 256, 16, P12),
-    Case("timm", "swinv2_base", 384, 24, P12, net="narrow B"),
+    Case("timm", "swinv2_tiny", 192, 12, net="toy"),
+    Case("timm", "swinv2_base", 256, 16, P12, net="narrow B"),
+    Case("timm", "swinv2_tiny", 384, 24, P12, net="toy"),
     Case("timm", "swinv2_tiny", (192, 384), 12, net="toy"),
     Case("timm", "swinv2_tiny", (256, 512), (8, 16), net="toy"),
     Case("timm", "swin_tiny", 224, 7),

@@ -34,7 +34,7 @@ def layout(config: SwinConfig, names: Collection[str] = ()) -> Layout:
 
     Merging is by torch's Unfold, whose columns come by channel: the linear layer, and V1's norm before it, are permuted.
     V1 keeps it at the end of a stage, V2 at the start of the next. Its relative positions are in its files, but are not
-    written: V2 deletes them on load, V1 needs strict=False, mmengine's default.
+    written: V2 deletes them on load, V1 loads without them (strict=False, mmengine's default) at the same window.
     """
     prefix = "" if names and not any(name.startswith("backbone.") for name in names) else "backbone."
     block = prefix + "stages.{i}.blocks.{j}"
