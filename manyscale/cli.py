@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 the run could not go on; 2 something in the call or its fi
 Ctrl-C, SIGTERM after saving.
 """
 
-
 import json
 import sys
 from collections.abc import Callable
@@ -116,7 +115,13 @@ def evaluate(arguments: list[str]) -> None:
     """Score a trained model on a split of its set, or of another."""
 
     def run(
-        model: Positional[str], data: str = "", split: str = "val", batch: int = 64, workers: int = -1, device: str = "auto", json_lines: bool = False
+        model: Positional[str],
+        data: str = "",
+        split: str = "val",
+        batch: int = 64,
+        workers: int = -1,
+        device: str = "auto",
+        json_lines: bool = False,
     ) -> None:
         """Top-1, top-5 and loss of a model.
 
@@ -133,7 +138,13 @@ def evaluate(arguments: list[str]) -> None:
 
         bad: list[str] = []
         metrics = measure(
-            model, lambda path, reason: bad.append(f"left out {path}: {reason}"), data=data, split=split, batch=batch, workers=workers, device=device
+            model,
+            lambda path, reason: bad.append(f"left out {path}: {reason}"),
+            data=data,
+            split=split,
+            batch=batch,
+            workers=workers,
+            device=device,
         )
         print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
         if json_lines:
@@ -149,7 +160,12 @@ def predict(arguments: list[str]) -> None:
     """What a model says of files or folders: a table, JSON lines, a contact sheet."""
 
     def run(
-        model: Positional[str], files: Positional[tuple[str, ...]], top: int = 5, out: str = "", device: str = "auto", json_lines: bool = False
+        model: Positional[str],
+        files: Positional[tuple[str, ...]],
+        top: int = 5,
+        out: str = "",
+        device: str = "auto",
+        json_lines: bool = False,
     ) -> None:
         """Predict the classes of pictures.
 
@@ -225,9 +241,7 @@ def transfer(arguments: list[str]) -> None:
         if recipe:
             write_json(folder / "recipe.json", to_dict(recipe))
         print(f"windows {old.config.windows} -> {new.config.windows}")
-        for stage, (asked, given) in enumerate(zip(new.config.built_windows("window"), new.config.windows, strict=True), 1):
-            if asked != given:
-                print(f"stage {stage}: window {asked} is larger than its grid {given}: clipped to it")
+        print("\n".join(new.config.clipped), end="\n" if new.config.clipped else "")
         print(f"wrote {folder}; score it with `manyscale eval {folder}`")
 
     _parse(run, "transfer", arguments)
@@ -275,9 +289,7 @@ def convert(arguments: list[str]) -> None:
 def plan(arguments: list[str]) -> None:
     """Answers before you pay: `plan count MODEL` (parameters, GFLOPs by stage)."""
 
-    def count(
-        model: Positional[str], image_size: Size | None = None, window: Windows | None = None, classes: int | None = None
-    ) -> None:
+    def count(model: Positional[str], image_size: Size | None = None, window: Windows | None = None, classes: int | None = None) -> None:
         """Parameters and multiply-adds by stage.
 
         Args:
@@ -288,7 +300,9 @@ def plan(arguments: list[str]) -> None:
         """
         from manyscale.plan import count as counting
 
-        fields = {key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None}
+        fields = {
+            key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None
+        }
         names = list_models(model) or [model]
         for name in names:
             header, *rows = counting.table(counting.count(model_config(name, **fields)))

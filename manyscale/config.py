@@ -70,7 +70,11 @@ class SwinConfig:
         _require(min(self.size) >= 1, "image_size", f"{self.image_size} must be at least 1 on every axis")
         _require(len(self.patches) == self.axes and min(self.patches) >= 1, "patch", f"{self.patch}: give one number >= 1, or {self.axes}")
         _require(min(map(min, self.built_windows("window"))) >= 1, "window", f"{self.window} must be at least 1 everywhere; 8 is usual")
-        _require(min(map(min, self.built_windows("pretrained_window"))) >= 0, "pretrained_window", f"{self.pretrained_window} must not be negative")
+        _require(
+            min(map(min, self.built_windows("pretrained_window"))) >= 0,
+            "pretrained_window",
+            f"{self.pretrained_window} must not be negative",
+        )
         _require(1 <= self.width * self.mlp_ratio < math.inf, "mlp_ratio", f"{self.mlp_ratio} must leave the MLP a channel; 4 is usual")
         _require(self.extra_norm_every >= 0, "extra_norm_every", f"{self.extra_norm_every} must be 0 (none) or more")
         for name in ("drop_path", "dropout"):
@@ -122,6 +126,12 @@ class SwinConfig:
         """The window of every stage and axis, clipped to the stage's grid at `image_size` (official code, per axis as timm)."""
         pairs = zip(self.built_windows("window"), self.grids, strict=True)
         return tuple(tuple(min(w, g) for w, g in zip(window, grid, strict=True)) for window, grid in pairs)
+
+    @property
+    def clipped(self) -> list[str]:
+        """A sentence for every stage whose window was asked for larger than its grid."""
+        stages = enumerate(zip(self.built_windows("window"), self.windows, strict=True), 1)
+        return [f"stage {i}: window {asked} is larger than its grid: clipped to {w}" for i, (asked, w) in stages if asked != w]
 
     @property
     def pretrained_windows(self) -> tuple[tuple[int, ...], ...]:

@@ -17,7 +17,7 @@ from manyscale.config import Preprocess, Run, to_dict
 from manyscale.storage import write_json
 from tests.conftest import loud
 
-MICRO = dict(image_size=32, patch=4, window=4, width=16, depths=(1, 1), heads=(2, 4), classes=10)
+MICRO = {"image_size": 32, "patch": 4, "window": 4, "width": 16, "depths": (1, 1), "heads": (2, 4), "classes": 10}
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_predict_with_nothing_to_read(saved, capsys):
 def test_transfer_and_eval_of_a_saved_model(saved, capsys):
     main(["transfer", str(saved), "--image-size", "64", "--window", "16", "--out", str(saved / "large")])
     out = capsys.readouterr().out
-    assert "stage 2: window (16, 16) is larger than its grid (8, 8): clipped" in out
+    assert "stage 2: window (16, 16) is larger than its grid: clipped to (8, 8)" in out
     assert ms.load(saved / "large").preprocess.image_size == (64, 64)
     main(["eval", str(saved / "large"), "--workers", "0", "--json-lines"])
     metrics = json.loads(capsys.readouterr().out)
@@ -165,7 +165,9 @@ def test_convert_brings_a_foreign_checkpoint_in(tmp_path, capsys):
     assert "swinv2_tiny" in capsys.readouterr().out
     assert ms.load(tmp_path / "m")(torch.randn(1, 3, 64, 64)).shape == (1, 10)
     (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half")
-    assert "half.pth" in refused(capsys, "convert", tmp_path / "half.pth", "--source", "timm", "--name", "swinv2_tiny", "--out", tmp_path / "n")
+    assert "half.pth" in refused(
+        capsys, "convert", tmp_path / "half.pth", "--source", "timm", "--name", "swinv2_tiny", "--out", tmp_path / "n"
+    )
     assert not (tmp_path / "n").exists()
 
 

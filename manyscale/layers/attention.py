@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyscale.ops.attention import Path, attend, unit
@@ -39,10 +40,9 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, index: Tensor, coordinates: Tensor | None) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C); `layout` says how the grid is cut, the rest what the position bias reads."""
-        q, k, v = self.qkv(enter(x, layout)).chunk(3, dim=-1)  # (B, W, N, C) each
-        if self.similarity == "cosine":
-            q, v = q + self.q_bias, v + self.v_bias
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in (q, k, v))  # (B, W, H, N, d)
+        bias = self.qkv.bias if self.similarity == "dot" else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
         if self.similarity == "cosine":
             # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding
             scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).clamp(max=math.log(100)).exp()

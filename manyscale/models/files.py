@@ -55,7 +55,9 @@ def load(path: Path | str) -> Swin:
     elif path.suffix == ".safetensors":
         card = None
     elif path.exists():
-        raise ValueError(f"{path}: not a .safetensors file; foreign checkpoints come in by `manyscale convert FILE --source ... --name ...`")
+        raise ValueError(
+            f"{path}: not a .safetensors file; foreign checkpoints come in by `manyscale convert FILE --source ... --name ...`"
+        )
     else:
         raise ValueError(f"{path}: no such file or folder")
     tensors, metadata = read_tensors(path)
@@ -76,7 +78,9 @@ def load(path: Path | str) -> Swin:
 def _config(card: dict[str, Any], where: str) -> SwinConfig:
     if card.get("format", 0) > FORMAT:
         writer = card.get("manyscale", "a newer version")
-        raise ValueError(f"{where}: format {card['format']}, written by manyscale {writer}; this one reads up to {FORMAT}: upgrade manyscale")
+        raise ValueError(
+            f"{where}: format {card['format']}, written by manyscale {writer}; this one reads up to {FORMAT}: upgrade manyscale"
+        )
     kind = card.get("kind", "")
     if kind not in KINDS:
         raise ValueError(f"{where}: unknown kind of model `{kind}`; {nearest(str(kind), KINDS)}")

@@ -19,12 +19,14 @@ def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
     still makes its gradient, 1 / epsilon, infinite. One product with the small tensor of factors: dividing, as the peers
     do, costs twice the passes over `x` in the backward pass.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     found = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * (length / found.masked_fill(found < 1e-6, torch.inf))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0, path: Path = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0, path: Path = "auto"
+) -> Tensor:
     """softmax(q k^T + bias, masked) v in every window.
 
     Args:

@@ -50,9 +50,7 @@ def relative_coordinates(
     return torch.sign(x) * torch.log2(torch.abs(x) + 1.0) / 3.0
 
 
-def resize_table(
-    table: Tensor, old: tuple[int, ...], new: tuple[int, ...], method: Literal["bicubic", "geometric"] = "bicubic"
-) -> Tensor:
+def resize_table(table: Tensor, old: tuple[int, ...], new: tuple[int, ...], method: Literal["bicubic", "geometric"] = "bicubic") -> Tensor:
     """A bias table learnt for windows of `old` tokens, (T, heads), for windows of `new` tokens: (T', heads).
 
     Bicubic is what Swin V1 does; a time axis is resized linearly. Geometric (BEiT, arXiv 2106.08254, as SimMIM fine-tuning

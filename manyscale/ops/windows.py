@@ -22,7 +22,9 @@ class Layout(NamedTuple):
     mask: Tensor | None  # (W, N, N) bool, True where the row's token may attend the column's; None: everywhere
 
 
-def layout(grid: tuple[int, ...], window: tuple[int, ...], *, shifted: bool, mask_padding: bool, device: torch.device | None = None) -> Layout:
+def layout(
+    grid: tuple[int, ...], window: tuple[int, ...], *, shifted: bool, mask_padding: bool, device: torch.device | None = None
+) -> Layout:
     """The layout of `grid` in windows of at most `window` tokens an axis.
 
     An axis no longer than its window takes one window and no shift (official code). A shifted axis moves by half a window.

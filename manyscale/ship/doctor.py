@@ -20,9 +20,9 @@ from manyscale.train.state import pick_device, pick_precision
 PACKAGES = ("torch", "torchvision", "safetensors", "pillow", "numpy", "scikit-learn", "tyro", "timm", "transformers", "tensorboard")
 MICRO = SwinConfig(image_size=32, patch=4, window=4, width=32, depths=(2, 2), heads=(2, 4), classes=10)
 FAMILIES = {
-    "Swin V1": dict(similarity="dot", norm="pre", bias="table", merge_norm="before"),
+    "Swin V1": {"similarity": "dot", "norm": "pre", "bias": "table", "merge_norm": "before"},
     "Swin V2": {},
-    "Swin V2 on clips": dict(image_size=(4, 32, 32), patch=(2, 4, 4), window=(2, 4, 4)),
+    "Swin V2 on clips": {"image_size": (4, 32, 32), "patch": (2, 4, 4), "window": (2, 4, 4)},
 }
 
 
@@ -35,7 +35,11 @@ def examine() -> Iterator[tuple[str, str, bool]]:
         except PackageNotFoundError:
             yield name, "not installed (optional)", True
     device = pick_device("auto")
-    what = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    what = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     yield "device", f"{device}: {what}", True
     for precision in (torch.float32, torch.bfloat16):
         a = torch.randn(512, 512, device=device, dtype=precision)

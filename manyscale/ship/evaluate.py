@@ -14,7 +14,15 @@ from manyscale.train.state import pick_device, pick_precision
 
 
 def evaluate(
-    path: str, report: Report, *, data: str = "", split: str = "val", batch: int = 64, workers: int = -1, device: str = "auto", precision: str = "float32"
+    path: str,
+    report: Report,
+    *,
+    data: str = "",
+    split: str = "val",
+    batch: int = 64,
+    workers: int = -1,
+    device: str = "auto",
+    precision: str = "float32",
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy and loss of the model at `path` on one split, over the pictures that could be read.
 

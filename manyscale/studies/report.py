@@ -27,10 +27,12 @@ main {{ max-width: 900px; margin: 0 auto; padding: 40px 20px 80px; }}
 h1 {{ font-size: 30px; margin: 0 0 4px; }} h2 {{ font-size: 20px; margin: 44px 0 8px; }}
 p {{ margin: 8px 0; }} .lead {{ font-size: 18px; }} .quiet {{ color: #66727f; font-size: 14px; }}
 figure {{ margin: 12px 0; }} figure img {{ width: 100%; display: block; }}
-table {{ border-collapse: collapse; margin: 12px 0; }} th, td {{ padding: 6px 18px 6px 0; text-align: right; border-bottom: 1px solid #dfe3e6; }}
+table {{ border-collapse: collapse; margin: 12px 0; }}
+th, td {{ padding: 6px 18px 6px 0; text-align: right; border-bottom: 1px solid #dfe3e6; }}
 th:first-child, td:first-child {{ text-align: left; }} td.better {{ font-weight: 600; }}
-.sheet {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); gap: 10px; }}
-.sheet div {{ font-size: 13px; text-align: center; }} .sheet img {{ width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }}
+.sheet {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); gap: 10px; }}
+.sheet div {{ font-size: 13px; text-align: center; }}
+.sheet img {{ width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }}
 .right {{ color: #1e7d34; }} .wrong {{ color: #c0392b; font-weight: 600; }}
 code, pre {{ font: 14px/1.5 ui-monospace, monospace; background: #eff1ee; border-radius: 4px; }} code {{ padding: 1px 5px; }}
 pre {{ padding: 12px 14px; overflow-x: auto; }}
@@ -39,7 +41,8 @@ pre {{ padding: 12px 14px; overflow-x: auto; }}
 <h1>A Swin V2 that keeps its accuracy at a size it never saw</h1>
 <p class="lead">{verdict}</p>
 <p class="quiet">A net of {parameters:,} parameters, trained twice from scratch on scikit-learn's {digits} handwritten digits in
-{seconds:.0f} seconds: once with Swin V2's log-spaced continuous position bias, once with Swin V1's bias table. Everything else is equal.</p>
+{seconds:.0f} seconds: once with Swin V2's log-spaced continuous position bias, once with Swin V1's bias table. Everything
+else is equal.</p>
 
 <h2>What it learnt</h2>
 <figure>{curves}</figure>
@@ -78,7 +81,7 @@ features = bigger.features(images)                         # (B, 3, 64, 64) -> a
 
 
 def write_report(out: Path, result: dict[str, Any], nets: dict[str, Swin], answers: list[dict[str, Any]]) -> None:
-    """Write `report.html` from the demo's numbers, nets and answers."""
+    """Write `report.html`, and `transfer.png` alone, from the demo's numbers, nets and answers."""
     wrong = sum(answer["truth"] != answer["said"] for answer in answers)
     page = PAGE.format(
         verdict=html.escape(result["verdict"]),
@@ -91,16 +94,21 @@ def write_report(out: Path, result: dict[str, Any], nets: dict[str, Swin], answe
         rows="\n".join(map(_row, result["transfer"])),
         transfer=_picture(_transfer(result["transfer"])),
         maps=_picture(_maps(nets)),
-        wrong=f"Its {wrong} mistakes first, then others." if 0 < wrong < len(answers) else "Some of them." if not wrong else "Its mistakes.",
+        wrong=f"Its {wrong} mistakes first, then others."
+        if 0 < wrong < len(answers)
+        else "Some of them."
+        if not wrong
+        else "Its mistakes.",
         sheet="\n".join(map(_answer, answers)),
         out=html.escape(str(out)),
     )
     write(out / "report.html", page)
+    write(out / "transfer.png", lambda path: _transfer(result["transfer"]).savefig(path, dpi=110))
 
 
 def _row(row: dict[str, Any]) -> str:
-    better = max(("log-cpb", "table"), key=lambda bias: row[bias])
-    cells = "".join(f'<td class="{"better" if bias == better else ""}">{row[bias]:.1%}</td>' for bias in ("log-cpb", "table"))
+    most = max(row[bias] for bias in COLOURS)
+    cells = "".join(f'<td class="{"better" * (row[bias] == most)}">{row[bias]:.1%}</td>' for bias in COLOURS)
     return f"<tr><td>{row['image_size']} px, window {row['window']}</td>{cells}</tr>"
 
 
@@ -108,9 +116,10 @@ def _answer(answer: dict[str, Any]) -> str:
     data = io.BytesIO()
     answer["picture"].save(data, "png")
     image = base64.b64encode(data.getvalue()).decode()
-    right = answer["truth"] == answer["said"]
-    text = f"{answer['said']} · {answer['sure']:.0%}" + ("" if right else f" (it is {answer['truth']})")
-    return f'<div><img alt="" src="data:image/png;base64,{image}"><span class="{"right" if right else "wrong"}">{html.escape(text)}</span></div>'
+    said, kind = f"{answer['said']} · {answer['sure']:.0%}", "right"
+    if answer["truth"] != answer["said"]:
+        said, kind = f"{said} (it is {answer['truth']})", "wrong"
+    return f'<div><img alt="" src="data:image/png;base64,{image}"><span class="{kind}">{html.escape(said)}</span></div>'
 
 
 def _picture(figure: Figure) -> str:
@@ -162,7 +171,10 @@ def _maps(nets: dict[str, Swin]) -> Figure:
         learnt, moved = bias_map(net), bias_map(transfer(net, 2 * size, 2 * window))
         for head in range(heads):
             low, high = (f(torch.cat([learnt[head].flatten(), moved[head].flatten()])).item() for f in (torch.min, torch.max))
-            for axes, values, name in ((row[head], learnt[head], f"window {window}"), (row[heads + head], moved[head], f"window {2 * window}")):
+            for axes, values, name in (
+                (row[head], learnt[head], f"window {window}"),
+                (row[heads + head], moved[head], f"window {2 * window}"),
+            ):
                 axes.imshow(values, cmap="viridis", vmin=low, vmax=high)
                 axes.set(xticks=[], yticks=[])
                 axes.set_title(f"{name}, head {head + 1}", fontsize=8)

@@ -61,7 +61,8 @@ class Log:
 
     def step(self, step: int, steps: int, *, loss: float, lr: float, speed: float, left: float) -> None:
         """One optimiser step. `speed` is in images/s, `left` in seconds."""
-        line = f"step {step}/{steps} {step / steps:4.0%}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} images/s  {memory_gib():.1f} GiB  {_clock(left)} left"
+        line = f"step {step}/{steps} {step / steps:4.0%}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} images/s"
+        line += f"  {memory_gib():.1f} GiB  {_clock(left)} left"
         if self.progress:
             self.progress.update(self.progress.task_ids[0], total=steps, completed=step, line=line)
         elif time.monotonic() - self.spoke >= PLAIN_SECONDS or step == steps:

@@ -7,6 +7,7 @@ randomness of a step from (seed, step). So a run that was killed goes on from it
 import fcntl
 import math
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from manyscale.train.state import State, pick_device, pick_precision
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
 FREE = {"out", "device", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes", "schedule.save_steps",
         "schedule.keep"}  # fmt: skip
-CALIBRATION_STEPS = 10
+CALIBRATION_STEPS = 15
 ENDLESS = 10**12  # steps; a time budget may move the end while the loader runs
 
 
@@ -86,7 +87,10 @@ class _Training:
         write_json(self.folder / "recipe.json", to_dict(self.run))
         self.clock = self.state.clock
         self.before = self.clock.seconds
-        with Log(self.folder, self.run.recipe or self.run.task, step=self.clock.step, tensorboard=self.run.tensorboard) as self.log, self._signals():
+        with (
+            Log(self.folder, self.run.recipe or self.run.task, step=self.clock.step, tensorboard=self.run.tensorboard) as self.log,
+            self._signals(),
+        ):
             for note in notes:
                 self.log.note(note)
             if not self.clock.steps:
@@ -107,6 +111,7 @@ class _Training:
         every = schedule.evaluate_every * self.task.steps_per_epoch
         if clock.step >= clock.steps:
             return
+        budget = seconds(schedule.time)
         seen, since, losses = 0, time.monotonic(), []
         for batch in self.task.train_batches(clock.step, ENDLESS):
             for bad in batch.bad:
@@ -117,6 +122,9 @@ class _Training:
                 seen += len(batch.labels)
             clock.step += 1
             clock.seconds = self.before + time.monotonic() - self.began
+            if clock.seconds >= budget and clock.step < clock.steps:
+                self.log.note(f"{schedule.time} are over {clock.steps - clock.step} steps before the planned end")
+                clock.steps = clock.step
             done = clock.step >= clock.steps
             if losses and (clock.step % self.run.log_every == 0 or done):
                 spent = max(time.monotonic() - since, 1e-9)
@@ -129,12 +137,12 @@ class _Training:
             if clock.step % every == 0 or done:
                 better = self._evaluate()
                 clock.stale = 0 if better else clock.stale + 1
+                if schedule.patience and clock.stale >= schedule.patience and not done:
+                    self.log.note(f"no better evaluation in {clock.stale}: stopped early")
+                    clock.steps = clock.step
                 self._replan()
                 self._save()
                 since, seen, losses = time.monotonic(), 0, []
-                if schedule.patience and clock.stale >= schedule.patience:
-                    self.log.note(f"no better evaluation in {clock.stale}: stopped early")
-                    clock.steps = clock.step
             elif self.signal or self._due():
                 self._save()
             if self.signal:
@@ -222,8 +230,7 @@ class _Training:
         self.state = State(self.state.model, self.run.optim)
         self.clock = self.state.clock
         self.clock.seconds = time.monotonic() - self.began
-        steady = sorted(times[2:] or times)
-        per_step = sum(steady) / len(steady) + evaluation / (self.run.schedule.evaluate_every * self.task.steps_per_epoch)
+        per_step = statistics.median(times) + evaluation / (self.run.schedule.evaluate_every * self.task.steps_per_epoch)
         self.clock.steps = max(int((seconds(self.run.schedule.time) - self.clock.seconds) / per_step), 1)
 
     def _replan(self) -> None:
@@ -242,6 +249,7 @@ class _Training:
 
     def _evaluate(self) -> bool:
         """Evaluate, keep the best weights; whether these are."""
+
         def report(path: str, reason: str) -> None:
             self.clock.bad_files += self.log.bad_file(path, reason)
 
@@ -279,8 +287,11 @@ class _Training:
         precision = str(self.precision).removeprefix("torch.")
         self.log.note(
             f"{self.log.name}: {count / 1e6:.2f}M parameters, {train:,} pictures in {len(self.task.labels)} classes, {val:,} held out, "
-            f"{self.clock.steps:,} steps of {self.run.batch} ({self.clock.steps / self.task.steps_per_epoch:.1f} epochs), {precision} on {self.device}"
+            f"{self.clock.steps:,} steps of {self.run.batch} ({self.clock.steps / self.task.steps_per_epoch:.1f} epochs), "
+            f"{precision} on {self.device}"
         )
+        for sentence in self.run.model.clipped:
+            self.log.note(sentence)
 
     def _finish(self) -> dict[str, Any]:
         clock = self.clock
@@ -291,7 +302,9 @@ class _Training:
                    "epochs": clock.step / self.task.steps_per_epoch, "seconds": clock.seconds, "bad_files": clock.bad_files}  # fmt: skip
         write_json(self.folder / "summary.json", summary)
         left_out = f"; {clock.bad_files} files could not be read, see {self.folder}/bad_files.jsonl" if clock.bad_files else ""
-        self.log.note(f"{self.log.name}: best {self.task.metric} {clock.best:.4f} at step {clock.best_step}, {clock.seconds:.0f} s{left_out}")
+        self.log.note(
+            f"{self.log.name}: best {self.task.metric} {clock.best:.4f} at step {clock.best_step}, {clock.seconds:.0f} s{left_out}"
+        )
         self.log.note(f"wrote {self.folder}/best, curves.png, samples.png, summary.json")
         return summary
 
@@ -300,6 +313,7 @@ class _Training:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C end the run after the step in hand; a second Ctrl-C at once."""
+
         def note(number: int, frame: Any) -> None:
             if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt

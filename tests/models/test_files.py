@@ -11,7 +11,7 @@ from manyscale.config import Preprocess
 from manyscale.models import files
 from tests.conftest import loud
 
-MICRO = dict(image_size=32, patch=4, window=4, width=16, depths=(2, 1), heads=(2, 4), classes=5)
+MICRO = {"image_size": 32, "patch": 4, "window": 4, "width": 16, "depths": (2, 1), "heads": (2, 4), "classes": 5}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_newer_format_kind_or_field_is_refused(saved):
         ({"config": {**card["config"], "window": "8"}}, "field `window`: expected"),
     ):
         (folder / "config.json").write_text(json.dumps({**card, **change}))
-        with pytest.raises(ValueError, match="config.json") as caught:
+        with pytest.raises(ValueError, match=r"config\.json") as caught:
             ms.load(folder)
         assert message in str(caught.value)
 
@@ -92,7 +92,7 @@ def test_wrong_paths_are_explained(tmp_path):
         (tmp_path / "nothing", "no such file or folder"),
         (tmp_path / "foreign.safetensors", "not written by this package"),
     ):
-        with pytest.raises(ValueError, match="manyscale convert|no ") as caught:
+        with pytest.raises(ValueError, match=r"manyscale convert|no ") as caught:
             ms.load(path)
         assert message in str(caught.value)
 

@@ -5,7 +5,7 @@ import manyscale as ms
 from manyscale.config import Preprocess
 from tests.conftest import loud
 
-MICRO = dict(image_size=32, patch=4, window=4, width=16, depths=(2, 2), heads=(2, 4), classes=5)
+MICRO = {"image_size": 32, "patch": 4, "window": 4, "width": 16, "depths": (2, 2), "heads": (2, 4), "classes": 5}
 
 
 def net(**fields):
@@ -67,6 +67,8 @@ def test_shapes_per_axis_and_clipping():
 
 
 def test_clips():
-    video = loud(ms.create_model("swinv2_tiny", **{**MICRO, "image_size": (4, 32, 32), "patch": (2, 4, 4), "window": (2, 4, 4), "bias": "table"})).eval()
+    video = loud(
+        ms.create_model("swinv2_tiny", **{**MICRO, "image_size": (4, 32, 32), "patch": (2, 4, 4), "window": (2, 4, 4), "bias": "table"})
+    ).eval()
     longer = ms.transfer(video, (8, 64, 64), (4, 8, 8))
     assert longer(torch.randn(1, 3, 8, 64, 64)).shape == (1, 5)

@@ -45,7 +45,9 @@ def test_any_flip_truncation_or_zeroed_block_is_found_named_and_stepped_over(tmp
     notes = []
     found = load_checkpoint(tmp_path, notes.append)
     if found[1]["step"] == 2:  # only white space of the manifest can change without its meaning changing
-        assert file.name == "manifest.json" and json.loads(content) == json.loads((tmp_path / "step_00000002" / "manifest.json").read_text())
+        assert file.name == "manifest.json" and json.loads(content) == json.loads(
+            (tmp_path / "step_00000002" / "manifest.json").read_text()
+        )
     else:
         assert found[1]["step"] == 1 and len(notes) == 1 and "step_00000002" in notes[0]
         assert (tmp_path / "damaged_step_00000002").exists()
@@ -125,5 +127,5 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     save_checkpoint(tmp_path, 1, TENSORS, {})
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 2.*upgrade"):
+    with pytest.raises(ValueError, match=r"format 2.*upgrade"):
         load_checkpoint(tmp_path, print)

@@ -99,7 +99,9 @@ def test_a_non_finite_loss_stops_names_the_module_and_keeps_the_last_good_checkp
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Training, "_step", poison)
-        with pytest.raises(Stopped, match=r"step 6: the loss is not finite, first in module stages\.0\.blocks\.1\.mlp\.branch\.fc1;") as caught:
+        with pytest.raises(
+            Stopped, match=r"step 6: the loss is not finite, first in module stages\.0\.blocks\.1\.mlp\.branch\.fc1;"
+        ) as caught:
             train(run)
     assert caught.value.exit_code == 1
     tensors, values = load_checkpoint(Path(run.out), print)
@@ -169,7 +171,13 @@ def test_a_time_budget_plans_the_steps_and_is_kept(micro):
 def test_fine_tuning_starts_from_weights_at_a_new_size_with_a_new_head(micro, tmp_path):
     train(shorter(micro, epochs=1))
     old = ms.load(micro.out)
-    run = replace(micro, init=micro.out, out=str(tmp_path / "tuned"), model=replace(micro.model, image_size=32, window=8), optim=replace(micro.optim, lr=1e-9, min_lr=0.0, warmup_lr=0.0))
+    run = replace(
+        micro,
+        init=micro.out,
+        out=str(tmp_path / "tuned"),
+        model=replace(micro.model, image_size=32, window=8),
+        optim=replace(micro.optim, lr=1e-9, min_lr=0.0, warmup_lr=0.0),
+    )
     train(shorter(run, epochs=1))
     tuned = ms.load(run.out)
     assert tuned.config.window == 8 and tuned.config.pretrained_windows == old.config.windows

@@ -9,7 +9,7 @@ from manyscale.tasks import Classify
 from manyscale.train.loop import _Training
 from manyscale.train.optim import groups, is_decayed, make_optimiser, set_rate
 
-MICRO = dict(image_size=32, patch=4, window=4, width=16, depths=(2, 2), heads=(2, 4), classes=5)
+MICRO = {"image_size": 32, "patch": 4, "window": 4, "width": 16, "depths": (2, 2), "heads": (2, 4), "classes": 5}
 
 
 @pytest.mark.parametrize("name", ["swin_tiny", "swinv2_tiny"])
@@ -49,7 +49,12 @@ def test_groups_cover_every_parameter_once_and_rates_fall_towards_the_pixels():
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_accumulation_and_clipping_make_the_step_of_the_whole_batch(micro, tmp_path, clip):
     """Clipping acts on the whole step's gradient, never on a part's: 1, 2 and 4 parts give the same weights."""
-    plain = replace(micro, model=replace(micro.model, drop_path=0.0), optim=replace(micro.optim, clip=clip, ema=0.0), augment=replace(micro.augment, mixup=0, cutmix=0))
+    plain = replace(
+        micro,
+        model=replace(micro.model, drop_path=0.0),
+        optim=replace(micro.optim, clip=clip, ema=0.0),
+        augment=replace(micro.augment, mixup=0, cutmix=0),
+    )
     weights = []
     for parts in (1, 2, 4):
         run = replace(plain, accumulate=parts, batch=64, out=str(tmp_path / str(parts)))

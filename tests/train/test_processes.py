@@ -38,7 +38,9 @@ def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, number, code):
 
 def test_a_full_disk_is_said_in_one_line(tmp_path):
     """A file-size limit stands in for the full disk: the write fails in the middle of the checkpoint."""
-    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+    limited = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+    )
     call = f"from manyscale.cli import main; main({['train', *RUN, '--workers', '0', '--out', str(tmp_path)]!r})"
     done = subprocess.run([sys.executable, "-c", limited + call], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
