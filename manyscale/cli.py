@@ -5,6 +5,7 @@ Ctrl-C, SIGTERM after saving.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -39,14 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
         VERBS[given[0]](given[1:])
     except ValueError as error:
         _leave(str(error), 2)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except OSError as error:
-        _leave(f"{error.filename or 'file'}: {error.strerror or error}; free some space or give --out a folder that can be written", 2)
+        _leave(f"{error.filename or 'file'}: {error.strerror or error}; give --out a folder that can be written and has space left", 2)
     except KeyboardInterrupt:
         _leave("stopped by Ctrl-C", 130)
-    except RuntimeError as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        _leave(str(error), error.exit_code)
 
 
 def _leave(message: str, code: int) -> None:
@@ -81,8 +82,12 @@ def demo(arguments: list[str]) -> None:
             out: the folder it is written to.
         """
         from manyscale.studies.demo import demo as story
+        from manyscale.train.loop import Stopped
 
-        story(Path(out))
+        try:
+            story(Path(out))
+        except Stopped as stopped:
+            _leave(str(stopped), stopped.exit_code)
 
     _parse(run, "demo", arguments)
 
@@ -106,9 +111,13 @@ def train(arguments: list[str]) -> None:
         rest.remove("--tiny")
         recipe = tiny(recipe)
     run = tyro.cli(Run, prog=f"manyscale train {name}", default=recipe, args=rest, config=(OmitArgPrefixes,))
+    from manyscale.train.loop import Stopped
     from manyscale.train.loop import train as learn
 
-    learn(run)
+    try:
+        learn(run)
+    except Stopped as stopped:
+        _leave(str(stopped), stopped.exit_code)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -177,7 +186,6 @@ def predict(arguments: list[str]) -> None:
             device: where to compute.
             json_lines: print JSON lines instead of a table.
         """
-        from manyscale.data.images import read_image
         from manyscale.models import load
         from manyscale.ship.predict import find_pictures
         from manyscale.ship.predict import predict as ask
@@ -186,6 +194,8 @@ def predict(arguments: list[str]) -> None:
 
         if not files:
             raise ValueError("give at least one picture or folder")
+        if top < 1:
+            raise ValueError(f"field `top`: {top} must be at least 1")
         answers = list(ask(load(model).to(pick_device(device)), find_pictures(files), top=top))
         good = [answer for answer in answers if not answer.error]
         if json_lines:
@@ -197,9 +207,7 @@ def predict(arguments: list[str]) -> None:
         if not good:
             raise ValueError(f"none of the {len(answers)} files could be read")
         shown = good[:48]
-        pictures = [read_image(answer.path, 64_000_000) for answer in shown]
-        for picture in pictures:
-            picture.thumbnail((256, 256))
+        pictures = [_thumbnail(answer.path) for answer in shown]
         captions = [("\n".join(f"{label} {p:.0%}" for label, p in answer.top[:3]), None) for answer in shown]
         write(folder / "sheet.png", lambda path: draw_sheet(pictures, captions, path, columns=6))
         print(f"wrote {folder}/predictions.jsonl and sheet.png", file=sys.stderr)
@@ -207,13 +215,21 @@ def predict(arguments: list[str]) -> None:
     _parse(run, "predict", arguments)
 
 
+def _thumbnail(path: str) -> Any:
+    from manyscale.data.images import read_image
+
+    picture = read_image(path, 64_000_000)
+    picture.thumbnail((256, 256))
+    return picture
+
+
 def _print_predictions(answers: list[Any]) -> None:
     table = Table("file", "top", "probability", box=None, pad_edge=False)
     for answer in answers:
         if answer.error:
-            table.add_row(answer.path, f"[red]{answer.error}[/red]", "")
+            table.add_row(escape(answer.path), f"[red]{escape(answer.error)}[/red]", "")
         for rank, (label, probability) in enumerate(answer.top):
-            table.add_row("" if rank else answer.path, label, f"{probability:.1%}")
+            table.add_row("" if rank else escape(answer.path), escape(label), f"{probability:.1%}")
     Console(highlight=False).print(table)
 
 

@@ -219,7 +219,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 5.0  # gradient norm; 0: no clipping
-    layer_decay: float = 1.0  # each block's rate over that of the block behind it
+    layer_decay: float = 1.0  # each block's rate over that of the next one towards the head
     ema: float = 0.0  # decay of the weights' moving average; 0: none. Evaluated and kept as best where on
 
     def __post_init__(self) -> None:
@@ -271,7 +271,7 @@ class Run:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes in it
     device: str = "auto"
     seed: int = 0
-    init: str = ""  # a folder or .safetensors of this package to start from, at this run's size and window
+    init: str = ""  # a folder or .safetensors of this package to start from: its net, at this run's image_size, window and drop_path
     out: str = ""  # the run's folder; empty: runs/<recipe>
     log_every: int = 20  # steps
     tensorboard: bool = False
@@ -279,6 +279,7 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "log_every"):
             _require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
+        _require(0 <= self.seed < 2**63, "seed", f"{self.seed} must be from 0 to 2^63 - 1")
         _require(self.batch % self.accumulate == 0, "accumulate", f"{self.accumulate} must divide the batch {self.batch}")
 
     @property

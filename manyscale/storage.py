@@ -1,10 +1,13 @@
 """Files that are written whole or not at all, and read with errors a person can act on."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 def write(path: Path | str, content: bytes | str | Callable[[Path], None]) -> None:
@@ -29,6 +32,8 @@ def write(path: Path | str, content: bytes | str | Callable[[Path], None]) -> No
             beside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(beside)
         os.replace(beside, path)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
     sync(path.parent)

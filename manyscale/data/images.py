@@ -32,7 +32,7 @@ _READERS: dict[bytes, type[ImageFile]] = {
     **{b"P%d" % kind: PpmImageFile for kind in range(1, 7)},
 }
 FORMATS = tuple(dict.fromkeys(reader.format for reader in _READERS.values()))
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _TURNS = {

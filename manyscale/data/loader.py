@@ -10,6 +10,7 @@ import signal
 import struct
 import threading
 from collections.abc import Iterator
+from multiprocessing import get_all_start_methods
 from typing import Literal, NamedTuple
 
 import torch
@@ -156,6 +157,8 @@ def _batches(samples: _Samples, keys: Iterator[list[Key]], *, workers: int, poli
         num_workers=workers,  # torch gives each of them one thread
         worker_init_fn=_leave_signals_to_parent,
         pin_memory=pin_memory,
+        # forked workers share the source's memory; other ways of starting would copy a cached set into each
+        multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,
         generator=torch.Generator(),  # the loader draws a seed we do not use; this keeps it from the caller's generator
     )
     with _signals_held():

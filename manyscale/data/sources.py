@@ -41,6 +41,7 @@ class Splits(NamedTuple):
     val: Source
     classes: tuple[str, ...]
     name: str
+    ignored: tuple[str, ...] = ()  # files in the class folders whose names end in no picture format
 
 
 class Split(NamedTuple):
@@ -48,6 +49,7 @@ class Split(NamedTuple):
 
     source: Source
     classes: tuple[str, ...]
+    ignored: tuple[str, ...] = ()  # files in its class folders whose names end in no picture format
 
 
 class Files:
@@ -159,10 +161,10 @@ def open_splits(settings: Input, seed: int) -> Splits:
     Raises:
         ValueError: there is no such set, or its folders are not as they must be. The message names the folder and the fix.
     """
-    train, classes = open_split(settings, "train", seed)
-    val, _ = open_split(settings, "val", seed)
+    train, classes, ignored = open_split(settings, "train", seed)
+    val, _, also = open_split(settings, "val", seed)
     name = settings.data if settings.data == DIGITS else os.path.basename(find_folder(settings.data))
-    return Splits(train, val, classes, name)
+    return Splits(train, val, classes, name, tuple(dict.fromkeys((*ignored, *also))))
 
 
 def open_split(settings: Input, split: str, seed: int) -> Split:
@@ -188,12 +190,12 @@ def open_split(settings: Input, split: str, seed: int) -> Split:
         known = dict.fromkeys(("train", "val", "all"), folders.get("train", root))
     _check_known(split, known, root)
     classes = _class_names(folders.get("train", known[split]))
-    names, labels = _pictures(root, known[split], classes)
+    names, labels, ignored = _pictures(root, known[split], classes)
     if split != "all" and not evaluation:
         kept = np.flatnonzero(_held_out(names, labels, settings.holdout, seed, classes) == (split == "val"))
         names, labels = [names[index] for index in kept], [labels[index] for index in kept]
     files = Files(root, names, labels, settings.max_pixels)
-    return Split(Cached(files) if settings.cache else files, classes)
+    return Split(Cached(files) if settings.cache else files, classes, ignored)
 
 
 def find_folder(data: str) -> str:
@@ -225,19 +227,24 @@ def _class_names(folder: str) -> tuple[str, ...]:
     entries = _entries(folder)
     classes = tuple(entry.name for entry in entries if entry.is_dir())
     if not classes:
-        held = "pictures but no class folders" if any(map(_is_picture, entries)) else "no class folders and no images at all"
+        held = (
+            "pictures but no class folders"
+            if any(_is_picture(entry.name) for entry in entries)
+            else "no class folders and no images at all"
+        )
         raise ValueError(f"{folder} holds {held}; {_LAYOUT.format(folder)}")
     return classes
 
 
-def _pictures(root: str, folder: str, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
-    """Paths relative to `root`, and labels, of every picture in the class folders of `folder`."""
+def _pictures(root: str, folder: str, classes: tuple[str, ...]) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """Paths relative to `root`, and labels, of every picture in the class folders of `folder`; paths of its other files."""
     found = _class_names(folder)
     extra, missing = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
     if extra or missing:
         lists = [f"{word} {', '.join(names)}" for word, names in (("has besides", extra), ("lacks", missing)) if names]
         raise ValueError(f"{folder} and the train split must have the same class folders, but it {' and '.join(lists)}")
-    each = [[os.path.relpath(path, root) for path in _walk(os.path.join(folder, name))] for name in classes]
+    files = [list(_walk(os.path.join(folder, name))) for name in classes]
+    each = [[os.path.relpath(path, root) for path in paths if _is_picture(path)] for paths in files]
     empty = [name for name, paths in zip(classes, each, strict=True) if not paths]
     if len(empty) == len(classes):
         raise ValueError(f"{folder} holds no images at all (names that end in {', '.join(EXTENSIONS)}); {_LAYOUT.format(folder)}")
@@ -245,23 +252,24 @@ def _pictures(root: str, folder: str, classes: tuple[str, ...]) -> tuple[list[st
         raise ValueError(f"{folder}: no images for the class {', '.join(empty)}; add some, or remove the empty class folder")
     if len(classes) == 1:
         raise ValueError(f"{folder} holds only one class, {classes[0]}; add a folder for each other class")
-    return [path for paths in each for path in paths], [label for label, paths in enumerate(each) for _ in paths]
+    others = tuple(path for paths in files for path in paths if not _is_picture(path))
+    return [path for paths in each for path in paths], [label for label, paths in enumerate(each) for _ in paths], others
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Every picture below `folder`, links followed, but not in circles."""
+    """Every file below `folder`, links followed, but not in circles."""
     status = os.stat(folder)
     above = (*above, (status.st_dev, status.st_ino))
     if above[-1] not in above[:-1]:
         for entry in _entries(folder):
             if entry.is_dir():
                 yield from _walk(entry.path, above)
-            elif _is_picture(entry):
+            else:
                 yield entry.path
 
 
-def _is_picture(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(EXTENSIONS)
+def _is_picture(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -48,7 +48,7 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a residual branch; in the largest nets a norm on the main branch behind them."""
+    """Attention and MLP, each a residual branch; in the largest nets a norm on the main branch after them."""
 
     def __init__(
         self, width: int, attention: nn.Module, mlp: nn.Module, norm: Norm, *, drop_path: float, zero_init: bool, extra_norm: bool

@@ -64,19 +64,24 @@ def load(path: Path | str) -> Swin:
     if card is None:
         if "manyscale" not in metadata:
             raise ValueError(f"{path}: not written by this package; bring it in by `manyscale convert FILE --source ... --name ...`")
-        card, where = json.loads(metadata["manyscale"]), str(path)
+        try:
+            card, where = json.loads(metadata["manyscale"]), str(path)
+        except ValueError:
+            raise ValueError(f"{path}: its metadata are not the JSON that this package writes") from None
     else:
         where = str(path.with_name("config.json"))
     model = build(_config(card, where))
     check_tensors(model, tensors, str(path))
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)  # in the dtype they were saved in
     model.preprocess = from_dict(Preprocess, card["preprocess"], where) if card.get("preprocess") else None
     model.labels = tuple(card.get("labels", ()))
     return model.eval()
 
 
 def _config(card: dict[str, Any], where: str) -> SwinConfig:
-    if card.get("format", 0) > FORMAT:
+    if not isinstance(card.get("format"), int) or not isinstance(card.get("labels", []), list):
+        raise ValueError(f"{where}: not a configuration of this package: its `format` or `labels` are not what `ms.save` writes")
+    if card["format"] > FORMAT:
         writer = card.get("manyscale", "a newer version")
         raise ValueError(
             f"{where}: format {card['format']}, written by manyscale {writer}; this one reads up to {FORMAT}: upgrade manyscale"

@@ -107,7 +107,7 @@ class Swin(nn.Module):
         return sum(self.config.depths) + 2
 
     def layer(self, name: str) -> int:
-        """The layer of a parameter, 0 nearest the pixels (official SimMIM fine-tuning): a merging goes with the block behind it."""
+        """The layer of a parameter, 0 nearest the pixels (official SimMIM fine-tuning): a merging goes with the block before it."""
         part, *rest = name.split(".")
         if part == "patch":
             return 0

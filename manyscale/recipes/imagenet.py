@@ -43,7 +43,8 @@ def imagenet22k(size: str) -> Run:
 def from_22k(size: str, image_size: int, window: int) -> Run:
     """ImageNet-1k from the 22k weights at a larger window: B 86.2 % (256, 16), 87.1 % (384, 24); L 86.9, 87.6 in the paper.
 
-    The bias network keeps the coordinates it learnt at window 12 (6 in the last stage).
+    The bias network keeps the coordinates it learnt at window 12 (6 in the last stage). The head starts fresh: the official
+    runs start it from the 1,000 rows of the 22k head that name the same classes.
     """
     model = model_config(f"swinv2_{size}", image_size=image_size, window=window, pretrained_window=(12, 12, 12, 6), drop_path=0.2)
     return Run(

@@ -21,12 +21,12 @@ def cifar10() -> Run:
     """A small Swin V2 on CIFAR-10: `manyscale train cifar10 --time 25m`."""
     return Run(
         recipe="cifar10",
-        model=SwinConfig(image_size=32, patch=2, window=4, width=64, depths=(1, 3, 1), heads=(2, 4, 8), mlp_ratio=2.0),
+        model=SwinConfig(image_size=32, patch=4, window=4, width=96, depths=(2, 4), heads=(3, 6)),
         # Reading cached pictures is cheap: on two cores a worker costs more by its interruptions than it saves. With an
         # accelerator, give it some: --workers -1.
         input=Input(data="cifar10", crop_ratio=1.0, cache=True, workers=0),
         augment=Augment(crop="pad", smoothing=0.1),
         optim=Optim(lr=2e-3, min_lr=1e-5),
-        schedule=Schedule(epochs=30, warmup=0.5, evaluate_every=2),
+        schedule=Schedule(epochs=30, warmup=0.3, evaluate_every=2),
         batch=64,
     )

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from manyscale.config import Input, Run, from_dict
 from manyscale.data.loader import eval_batches, worker_count
 from manyscale.data.sources import open_split
@@ -34,17 +36,19 @@ def evaluate(
     Raises:
         ValueError: no such model, set or split, or classes that are not the model's.
     """
+    if batch < 1:
+        raise ValueError(f"field `batch`: {batch} must be at least 1")
     model, run = load(path), recipe_of(path)
     if not model.preprocess or not model.config.classes:
         raise ValueError(f"{path}: no head, or no word on how its pictures are prepared; give a model that `train` wrote")
     if not data and not run:
         raise ValueError(f"{path}: there is no recipe.json that names its data; give --data")
     settings = replace(run.input if run else Input(), workers=workers, cache=False)
-    source, classes = open_split(replace(settings, data=data or settings.data), split, run.seed if run else 0)
-    _check_classes(model, classes)
+    source, classes, _ = open_split(replace(settings, data=data or settings.data), split, run.seed if run else 0)
+    order = _class_order(model, classes)
     chosen = pick_device(device)
     batches = eval_batches(source, eval_transform(model.preprocess), batch=batch, workers=worker_count(workers), policy=settings.bad_files)
-    return score(model.to(chosen), batches, chosen, pick_precision(precision, chosen), report)
+    return score(model.to(chosen), batches, chosen, pick_precision(precision, chosen), report, order)
 
 
 def recipe_of(path: str) -> Run | None:
@@ -55,11 +59,14 @@ def recipe_of(path: str) -> Run | None:
     return None
 
 
-def _check_classes(model: Swin, classes: tuple[str, ...]) -> None:
-    labels = model.labels or tuple(map(str, range(model.config.classes)))
-    extra, missing = sorted(set(classes) - set(labels)), sorted(set(labels) - set(classes))
-    if model.labels and (extra or missing):
+def _class_order(model: Swin, classes: tuple[str, ...]) -> torch.Tensor | None:
+    """The model's class for each of the set's, by name; None where the model has no names, and they must only be as many."""
+    if not model.labels:
+        if len(classes) != model.config.classes:
+            raise ValueError(f"the set has {len(classes)} classes, the model {model.config.classes}")
+        return None
+    extra, missing = sorted(set(classes) - set(model.labels)), sorted(set(model.labels) - set(classes))
+    if extra or missing:
         lists = [f"{word} {', '.join(names[:10])}" for word, names in (("has besides", extra), ("lacks", missing)) if names]
         raise ValueError(f"the set's classes are not the model's: it {' and '.join(lists)}")
-    if len(labels) != len(classes):
-        raise ValueError(f"the set has {len(classes)} classes, the model {len(labels)}")
+    return torch.tensor([model.labels.index(name) for name in classes])

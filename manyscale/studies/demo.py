@@ -42,7 +42,8 @@ def demo(out: Path, recipe: Run | None = None) -> dict[str, Any]:
         runs[bias] = train(run)
         nets[bias] = load(out / bias)
     console.print("[bold]3 of 3[/bold]  the same weights, untouched, at larger images and windows")
-    val = open_splits(recipe.input, recipe.seed).val
+    splits = open_splits(recipe.input, recipe.seed)
+    val = splits.val
     for size, window in SIZES:
         row: dict[str, Any] = {"image_size": size, "window": window}
         for bias, net in nets.items():
@@ -55,6 +56,7 @@ def demo(out: Path, recipe: Run | None = None) -> dict[str, Any]:
     for name in ("recipe.json", "metrics.json"):
         write_json(out / "best" / name, read_json(out / "log-cpb" / "best" / name))
     result = {
+        "trained_on": len(splits.train),
         "pictures": len(val),
         "accuracy": rows[0]["log-cpb"],
         "transfer": rows,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 
 from manyscale.config import Run
@@ -39,6 +40,8 @@ class Classify:
     metric = "accuracy"  # the larger the better; decides which weights are the best
 
     def __init__(self, run: Run) -> None:
+        if run.model.axes != 2:
+            raise ValueError(f"field `image_size`: {run.model.image_size} makes a video model; this task takes pictures: height and width")
         self.splits = open_splits(run.input, run.seed)
         self.labels = self.splits.classes
         self.run = replace(run, model=replace(run.model, classes=len(self.labels)))
@@ -51,8 +54,16 @@ class Classify:
         run, transform = self.run, train_transform(self.preprocess, self.run.augment)
         return train_batches(
             self.splits.train, transform, batch=run.batch, seed=run.seed, start_step=start, steps=steps,
-            workers=worker_count(run.input.workers), policy=run.input.bad_files,
+            workers=worker_count(run.input.workers), policy=run.input.bad_files, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """A hash of the set's classes and of the names of its files, in order: what the order of samples depends on."""
+        state = xxhash.xxh3_128("\n".join(self.labels))
+        for source in (self.splits.train, self.splits.val):
+            for index in range(len(source)):
+                state.update(source.name(index))
+        return state.hexdigest()
 
     def targets(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) and soft labels (B, classes) on the device, mixed where the run says so."""
@@ -76,11 +87,15 @@ class Classify:
     @torch.no_grad()
     def draw(self, model: nn.Module, device: torch.device, path: Path | str) -> None:
         """A sheet of held-out pictures with what the model says of each."""
-        source, transform, shown = self.splits.val, eval_transform(self.preprocess), []
+        source, transform = self.splits.val, eval_transform(self.preprocess)
+        shown, inputs = [], []
         for index in torch.linspace(0, len(source) - 1, min(24, len(source))).long().unique().tolist():
             with suppress(BadImage):
-                shown.append((source.read(index), source.label(index)))
-        probabilities = model.eval()(torch.stack([transform(picture) for picture, _ in shown]).to(device)).float().softmax(-1)
+                picture = source.read(index)
+                inputs.append(transform(picture))
+                picture.thumbnail((256, 256))
+                shown.append((picture, source.label(index)))
+        probabilities = model.eval()(torch.stack(inputs).to(device)).float().softmax(-1)
         confidence, said = (t.tolist() for t in probabilities.max(-1))
         captions = [
             (f"{self.labels[guess]} {sure:.0%}", guess == truth) for (_, truth), guess, sure in zip(shown, said, confidence, strict=True)
@@ -89,8 +104,13 @@ class Classify:
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, report: Report) -> dict[str, float]:
+def score(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, report: Report, classes: Tensor | None = None
+) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy of a model over batches, every picture counted once.
+
+    Args:
+        classes: (K,) int64, the model's class for each of the set's, where the two are not in the same order.
 
     Raises:
         ValueError: no picture could be read.
@@ -103,7 +123,7 @@ def score(model: nn.Module, batches: Iterable[Batch], device: torch.device, prec
             report(bad.path, bad.reason)
         if not len(batch.labels):
             continue
-        labels = batch.labels.to(device)
+        labels = (batch.labels if classes is None else classes[batch.labels]).to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(batch.images.to(device)).float()
         ranks = (logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]).cpu()

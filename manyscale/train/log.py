@@ -20,7 +20,8 @@ class Log:
 
     def __init__(self, folder: Path, name: str, *, step: int, tensorboard: bool = False) -> None:
         self.folder, self.name = folder, name
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics, listed = folder / "metrics.jsonl", folder / "bad_files.jsonl"
+        self.bad_files = {json.loads(line)["path"] for line in listed.read_text().splitlines()} if listed.exists() else set()
         self._rewind(step)
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
@@ -78,16 +79,13 @@ class Log:
                 if isinstance(value, (int, float)) and name != "step":
                     self.writer.add_scalar(name, value, values["step"])
 
-    def bad_file(self, path: str, reason: str) -> bool:
-        """Write a file that could not be read to `bad_files.jsonl`, once; True where it is new."""
-        record = json.dumps({"path": path, "reason": reason}) + "\n"
-        listed = self.folder / "bad_files.jsonl"
-        if listed.exists() and record in listed.read_text():
-            return False
-        with listed.open("a") as file:
-            file.write(record)
-        self.note(f"left out {path}: {reason}")
-        return True
+    def bad_file(self, path: str, reason: str) -> None:
+        """Say that a file was left out, and write it to `bad_files.jsonl`: once, however often it is met."""
+        if path not in self.bad_files:
+            self.bad_files.add(path)
+            with (self.folder / "bad_files.jsonl").open("a") as file:
+                file.write(json.dumps({"path": path, "reason": reason}) + "\n")
+            self.note(f"left out {path}: {reason}")
 
     def curves(self) -> None:
         """`curves.png` from `metrics.jsonl`."""

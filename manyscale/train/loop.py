@@ -23,15 +23,15 @@ from manyscale.data.loader import seed_from
 from manyscale.models import Swin, build, load, save, transfer
 from manyscale.storage import read_json, write_json
 from manyscale.tasks import TASKS
-from manyscale.train.checkpoint import load_checkpoint, save_checkpoint, tidy
+from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tidy
 from manyscale.train.log import Log
 from manyscale.train.optim import set_rate
 from manyscale.train.schedule import rate
 from manyscale.train.state import State, pick_device, pick_precision
 
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
-FREE = {"out", "device", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes", "schedule.save_steps",
-        "schedule.keep"}  # fmt: skip
+FREE = {"out", "device", "precision", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes",
+        "schedule.save_steps", "schedule.keep"}  # fmt: skip
 CALIBRATION_STEPS = 15
 ENDLESS = 10**12  # steps; a time budget may move the end while the loader runs
 
@@ -57,8 +57,13 @@ def train(run: Run) -> dict[str, Any]:
     began, folder = time.monotonic(), Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        task = TASKS[run.task](_check_recipe(folder, run))
-        return _Training(folder, task, began).go()
+        if (folder / "recipe.json").exists():  # refuses a folder of another task, before the data are opened
+            from_dict(Run, read_json(folder / "recipe.json"), str(folder / "recipe.json"))
+        try:
+            return _Training(folder, TASKS[run.task](run), began).go()
+        except torch.OutOfMemoryError as error:
+            advice = "the same batch in parts takes less: --accumulate 2, 4, ..."
+            raise Stopped(f"out of memory: {str(error).splitlines()[0]}; {advice}", 1) from None
 
 
 class _Training:
@@ -69,7 +74,7 @@ class _Training:
         self.device = pick_device(task.run.device)
         self.precision = pick_precision(task.run.precision, self.device)
         torch.manual_seed(task.run.seed)
-        model = _first_model(task.run)
+        model = _first_model(task.run, task.labels)
         self.run: Run = replace(task.run, model=model.config)
         task.finish(model)
         self.state = State(model.to(self.device), self.run.optim)
@@ -80,12 +85,14 @@ class _Training:
         notes: list[str] = []
         found = load_checkpoint(self.folder, notes.append)
         if found:
+            _check_recipe(self.folder, self.run)
             self.state.restore(*found)
             notes.append(f"going on from step {self.state.clock.step} of {self.state.clock.steps}")
-        elif (self.folder / "summary.json").exists():
-            raise ValueError(f"{self.folder}: the run is finished but its checkpoints are gone; give another --out")
-        write_json(self.folder / "recipe.json", to_dict(self.run))
+        elif (self.folder / "summary.json").exists() or any(self.folder.glob("damaged_*")):
+            raise ValueError(f"{self.folder}: a run stood here, but no checkpoint of it is whole; give another --out")
         self.clock = self.state.clock
+        self._check_surroundings()
+        write_json(self.folder / "recipe.json", to_dict(self.run))
         self.before = self.clock.seconds
         with (
             Log(self.folder, self.run.recipe or self.run.task, step=self.clock.step, tensorboard=self.run.tensorboard) as self.log,
@@ -107,15 +114,15 @@ class _Training:
     # -- steps ----------------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
-        clock, schedule = self.clock, self.run.schedule
-        every = schedule.evaluate_every * self.task.steps_per_epoch
+        clock, budget = self.clock, seconds(self.run.schedule.time)
+        if self._evaluation_due():  # it was, when a signal came
+            self._evaluate()
         if clock.step >= clock.steps:
             return
-        budget = seconds(schedule.time)
         seen, since, losses = 0, time.monotonic(), []
         for batch in self.task.train_batches(clock.step, ENDLESS):
             for bad in batch.bad:
-                clock.bad_files += self.log.bad_file(bad.path, bad.reason)
+                self.log.bad_file(bad.path, bad.reason)
             lr = rate(self.run, clock.step, clock.steps, self.task.steps_per_epoch)
             if len(batch.labels):  # else every picture of it was bad
                 losses.append(self._step(batch, lr))
@@ -123,7 +130,7 @@ class _Training:
             clock.step += 1
             clock.seconds = self.before + time.monotonic() - self.began
             if clock.seconds >= budget and clock.step < clock.steps:
-                self.log.note(f"{schedule.time} are over {clock.steps - clock.step} steps before the planned end")
+                self.log.note(f"{self.run.schedule.time} are over {clock.steps - clock.step} steps before the planned end")
                 clock.steps = clock.step
             done = clock.step >= clock.steps
             if losses and (clock.step % self.run.log_every == 0 or done):
@@ -134,21 +141,16 @@ class _Training:
                 epoch = clock.step / self.task.steps_per_epoch
                 self.log.record({"step": clock.step, "epoch": epoch, "loss": mean, "lr": lr, "images_per_second": seen / spent})
                 seen, since, losses = 0, time.monotonic(), []
-            if clock.step % every == 0 or done:
-                better = self._evaluate()
-                clock.stale = 0 if better else clock.stale + 1
-                if schedule.patience and clock.stale >= schedule.patience and not done:
-                    self.log.note(f"no better evaluation in {clock.stale}: stopped early")
-                    clock.steps = clock.step
-                self._replan()
-                self._save()
-                since, seen, losses = time.monotonic(), 0, []
-            elif self.signal or self._due():
-                self._save()
             if self.signal:
+                self._save()
                 name = signal.Signals(self.signal).name
                 again = "the same command goes on from here"
                 raise Stopped(f"{name}: saved step {clock.step} of {clock.steps} in {self.folder}; {again}", 128 + self.signal)
+            if self._evaluation_due():
+                self._evaluate()
+                since, seen, losses = time.monotonic(), 0, []
+            elif self._checkpoint_due():
+                self._save()
             if clock.step >= clock.steps:
                 break
 
@@ -161,12 +163,12 @@ class _Training:
         images, targets = self.task.targets(batch, self.device)
         total = 0.0
         for part, soft in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
-            randomness = torch.get_rng_state()
+            randomness = _random_states()
             with self._autocast():
                 loss = self.task.loss(state.model, part, soft).total * (len(part) / len(images))
             total += loss.item()
             if not math.isfinite(total):
-                torch.set_rng_state(randomness)
+                _random_states(randomness)
                 self._blame(part, batch.ids)
             loss.backward()
         parameters = [p for p in state.model.parameters() if p.grad is not None]
@@ -208,9 +210,8 @@ class _Training:
 
     def _stop_bad(self, what: str, ids: tuple[str, ...]) -> None:
         self.log.record({"step": self.clock.step, "stopped": what, "samples": list(ids)})
-        kept = f"the last good checkpoint is kept in {self.folder}"
-        advice = "a lower --lr or --precision float32 may help"
-        raise Stopped(f"step {self.clock.step + 1}: {what}; {kept}; {advice}", 1)
+        kept = f"; the last good checkpoint is kept in {self.folder}" if checkpoints(self.folder) else ""
+        raise Stopped(f"step {self.clock.step + 1}: {what}{kept}; a lower --lr with another --out, or --precision float32, may help", 1)
 
     # -- how long ---------------------------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class _Training:
         evaluation = time.monotonic() - start
         self.state.model.load_state_dict(kept)
         self.state = State(self.state.model, self.run.optim)
-        self.clock = self.state.clock
+        self.state.clock = self.clock
         self.clock.seconds = time.monotonic() - self.began
         per_step = statistics.median(times) + evaluation / (self.run.schedule.evaluate_every * self.task.steps_per_epoch)
         self.clock.steps = max(int((seconds(self.run.schedule.time) - self.clock.seconds) / per_step), 1)
@@ -247,19 +248,23 @@ class _Training:
 
     # -- what is kept -----------------------------------------------------------------------------------------------------
 
-    def _evaluate(self) -> bool:
-        """Evaluate, keep the best weights; whether these are."""
+    def _evaluation_due(self) -> bool:
+        clock, every = self.clock, self.run.schedule.evaluate_every * self.task.steps_per_epoch
+        made = bool(clock.history) and clock.history[-1]["step"] == clock.step
+        return clock.step > 0 and not made and (clock.step % every == 0 or clock.step >= clock.steps)
 
-        def report(path: str, reason: str) -> None:
-            self.clock.bad_files += self.log.bad_file(path, reason)
-
+    def _evaluate(self) -> None:
+        """Evaluate, keep the weights if they are the best, decide how to go on, and save."""
         clock, model = self.clock, self.state.final
-        metrics = self.task.evaluate(model, self.device, self.precision, report)
+        metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file)
+        if not all(map(math.isfinite, metrics.values())):
+            self._stop_bad("the evaluation's loss is not finite", ())
         value = metrics[self.task.metric]
         record = {"step": clock.step, "epoch": clock.step / self.task.steps_per_epoch, **metrics}
         clock.history.append(record)
         self.log.record(record)
         better = clock.best is None or value > clock.best
+        clock.stale = 0 if better else clock.stale + 1
         if better:
             clock.best, clock.best_step = value, clock.step
             best = self.folder / "best"
@@ -269,9 +274,13 @@ class _Training:
             write_json(best / "metrics.json", record)
         shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in metrics if name != "pictures")
         self.log.note(f"{self.log.name}  step {clock.step}  {shown}{'  best' if better else ''}")
-        return better
+        if 0 < self.run.schedule.patience <= clock.stale and clock.step < clock.steps:
+            self.log.note(f"no better evaluation in {clock.stale}: stopped early")
+            clock.steps = clock.step
+        self._replan()
+        self._save()
 
-    def _due(self) -> bool:
+    def _checkpoint_due(self) -> bool:
         schedule = self.run.schedule
         by_steps = schedule.save_steps and self.clock.step % schedule.save_steps == 0
         return bool(by_steps) or time.monotonic() - self.saved > 60 * (schedule.save_minutes or math.inf)
@@ -280,6 +289,20 @@ class _Training:
         save_checkpoint(self.folder, self.clock.step, self.state.tensors(), self.state.values())
         tidy(self.folder, self.run.schedule.keep)
         self.saved = time.monotonic()
+
+    def _check_surroundings(self) -> None:
+        """See that data and precision are what the run began with, or write down what they are.
+
+        Raises:
+            ValueError: one of them changed, so that going on would not be the same run.
+        """
+        clock, precision = self.clock, str(self.precision).removeprefix("torch.")
+        data = self.task.fingerprint()
+        if clock.data and clock.data != data:
+            raise ValueError(f"field `data`: the set's classes or files are not those that {self.folder} began with; give another --out")
+        if clock.precision and clock.precision != precision:
+            raise ValueError(f"field `precision`: the run began in {clock.precision}, this would be {precision}; give --precision")
+        clock.data, clock.precision = data, precision
 
     def _introduce(self) -> None:
         count = sum(p.numel() for p in self.state.model.parameters())
@@ -292,16 +315,19 @@ class _Training:
         )
         for sentence in self.run.model.clipped:
             self.log.note(sentence)
+        for path in self.task.splits.ignored:
+            self.log.bad_file(path, "its name ends in no picture format known here")
 
     def _finish(self) -> dict[str, Any]:
         clock = self.clock
         best = next(record for record in clock.history if record["step"] == clock.best_step)
         model = load(self.folder / "best").to(self.device)
         self.task.draw(model, self.device, self.folder / "samples.png")
-        summary = {"recipe": self.run.recipe, "task": self.run.task, "best": best, "last": clock.history[-1], "steps": clock.step,
-                   "epochs": clock.step / self.task.steps_per_epoch, "seconds": clock.seconds, "bad_files": clock.bad_files}  # fmt: skip
+        bad, epochs = len(self.log.bad_files), clock.step / self.task.steps_per_epoch
+        summary = {"recipe": self.run.recipe, "task": self.run.task, "best": best, "last": clock.history[-1]}
+        summary |= {"steps": clock.step, "epochs": epochs, "seconds": clock.seconds, "bad_files": bad}
         write_json(self.folder / "summary.json", summary)
-        left_out = f"; {clock.bad_files} files could not be read, see {self.folder}/bad_files.jsonl" if clock.bad_files else ""
+        left_out = f"; {bad} files were left out, see {self.folder}/bad_files.jsonl" if bad else ""
         self.log.note(
             f"{self.log.name}: best {self.task.metric} {clock.best:.4f} at step {clock.best_step}, {clock.seconds:.0f} s{left_out}"
         )
@@ -330,30 +356,27 @@ class _Training:
                 signal.signal(number, handler)
 
 
-def _first_model(run: Run) -> Swin:
-    """A fresh model, or the one of `init` at this run's image size and window, with a new head where the classes differ."""
+def _first_model(run: Run, labels: tuple[str, ...]) -> Swin:
+    """A fresh model, or the one of `init` at this run's image size, window and drop path; a new head for other classes."""
     if not run.init:
         return build(run.model)
     model = load(run.init)
-    classes = None if model.config.classes == run.model.classes else run.model.classes
+    same = model.config.classes == len(labels) and model.labels in ((), labels)
+    classes = None if same else len(labels)
     return transfer(model, run.model.image_size, run.model.window, classes=classes, drop_path=run.model.drop_path)
 
 
-def _check_recipe(folder: Path, run: Run) -> Run:
-    """See that a folder which holds a run holds this one.
+def _check_recipe(folder: Path, run: Run) -> None:
+    """See that the run in a folder is this one.
 
     Raises:
-        ValueError: it holds another; the fields that differ are listed.
+        ValueError: it is another; the fields that differ are listed.
     """
-    if not (folder / "recipe.json").exists():
-        return run
-    old, new = _flat(to_dict(from_dict(Run, read_json(folder / "recipe.json"), str(folder / "recipe.json")))), _flat(to_dict(run))
-    # The data decide the classes, and `init` the net: the stored recipe has them filled in.
-    ignored = FREE | {"model.classes"} | ({name for name in new if name.startswith("model.")} if run.init else set())
-    differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in new if name not in ignored and old[name] != new[name]]
+    file = folder / "recipe.json"
+    old, new = (_flat(to_dict(one)) for one in (from_dict(Run, read_json(file), str(file)), run))
+    differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in new if name not in FREE and old[name] != new[name]]
     if differ:
         raise ValueError(f"{folder} holds another run; give --out another folder, or the same fields:\n  " + "\n  ".join(differ))
-    return run
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -361,6 +384,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def _random_states(restore: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The generators' states, of the CPU and of every GPU; given, they are put back first."""
+    if restore:
+        torch.set_rng_state(restore[0])
+        torch.cuda.set_rng_state_all(restore[1:])
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
 @contextmanager

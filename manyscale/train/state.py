@@ -25,7 +25,8 @@ class Clock:
     best: float | None = None  # of the task's metric
     best_step: int = 0
     stale: int = 0  # evaluations since the best
-    bad_files: int = 0
+    precision: str = ""  # computed in; `auto` may mean another on another machine
+    data: str = ""  # fingerprint of the set's classes and files
     history: list[dict[str, Any]] = field(default_factory=list)  # every evaluation's metrics
 
 
@@ -67,8 +68,7 @@ class State:
         for name, parameter in self.model.named_parameters():
             own = {key.rpartition(".")[2]: tensor for key, tensor in moments.items() if key.rpartition(".")[0] == name}
             if own:
-                # the step counter stays where AdamW keeps it; the moments follow their parameter
-                self.optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in own.items()}
+                self.optimiser.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in own.items()}
         self.clock = Clock(**values)
 
 

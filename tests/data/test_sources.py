@@ -33,7 +33,7 @@ def ids(source) -> list[str]:
 
 
 def test_digits():
-    train, val, classes, name = open_splits(Input(), 0)
+    train, val, classes, name, _ = open_splits(Input(), 0)
     assert (len(train) + len(val), len(classes), name) == (1797, 10, "digits")
     assert not set(ids(train)) & set(ids(val))
     assert ids(open_splits(Input(), 1).val) == ids(val), "the run's seed must not move the hold-out"
@@ -47,7 +47,7 @@ def test_digits():
 
 def test_folder_without_splits_is_held_out_by_class(tmp_path):
     root = make(tmp_path / "set", "cat", "dog", count=20)
-    train, val, classes, name = open_splits(Input(data=root, holdout=0.25), 0)
+    train, val, classes, name, _ = open_splits(Input(data=root, holdout=0.25), 0)
     assert classes == ("cat", "dog") and name == "set"
     assert len(train) == 30 and len(val) == 10
     assert sorted(ids(train) + ids(val)) == sorted(ids(open_split(Input(data=root), "all", 0).source))
@@ -77,7 +77,7 @@ def test_no_hold_out_takes_all_or_nothing(tmp_path, fraction, kept):
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
 def test_split_folders(tmp_path, name):
     root = make(tmp_path / "set", "train/cat", "train/dog", f"{name}/cat", f"{name}/dog")
-    train, val, classes, _ = open_splits(Input(data=root), 0)
+    train, val, classes, *_ = open_splits(Input(data=root), 0)
     assert len(train) == len(val) == 10 and classes == ("cat", "dog")
     assert train.name(0) == "train/cat/0.png" and val.name(9) == f"{name}/dog/4.png"
     assert ids(open_split(Input(data=root), name, 0).source) == ids(val)
@@ -93,7 +93,7 @@ def test_val_is_preferred_and_test_stays_reachable(tmp_path):
 
 def test_train_alone_is_held_out(tmp_path):
     root = make(tmp_path / "set", "train/cat", "train/dog")
-    train, val, _, _ = open_splits(Input(data=root, holdout=0.2), 0)
+    train, val, *_ = open_splits(Input(data=root, holdout=0.2), 0)
     assert len(train) == 8 and len(val) == 2 and val.name(0).startswith("train/cat/")
 
 
@@ -116,7 +116,7 @@ def test_what_a_folder_listing_takes(tmp_path):
         (root / name).write_bytes(b"x")
     os.symlink(root / "dog", root / "dog" / "deep" / "circle")
     os.symlink(root / "cat" / "0.png", root / "dog" / "link.png")
-    source, classes = open_split(Input(data=str(root)), "all", 0)
+    source, classes, _ = open_split(Input(data=str(root)), "all", 0)
     assert classes == ("cat", "dog")
     deep = [f"dog/deep/er/{index}.png" for index in range(5)]
     assert ids(source) == [f"cat/{index}.png" for index in range(5)] + ["dog/UPPER.JPEG", *deep, "dog/link.png"]
@@ -240,3 +240,15 @@ def test_real_sets(monkeypatch, name, sizes, classes):
     splits = open_splits(Input(data=name), 0)
     assert (len(splits.train), len(splits.val)) == sizes and len(splits.classes) == classes
     assert splits.val.read(len(splits.val) - 1).mode == "RGB"
+
+
+def test_files_that_are_no_pictures_are_named(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for i in range(4):
+            Image.new("RGB", (4, 4)).save(tmp_path / label / f"{i}.png")
+    (tmp_path / "cat" / "photo.heic").write_bytes(b"x")
+    (tmp_path / "dog" / "notes.txt").write_bytes(b"x")
+    splits = open_splits(Input(data=str(tmp_path), holdout=0.5), 0)
+    assert [os.path.basename(path) for path in splits.ignored] == ["photo.heic", "notes.txt"]
+    assert len(splits.train) == len(splits.val) == 4

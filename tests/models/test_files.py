@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import manyscale as ms
 from manyscale.config import Preprocess
@@ -102,7 +103,7 @@ def test_a_failed_save_keeps_what_was_there(saved, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
 
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
