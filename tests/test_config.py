@@ -45,7 +45,7 @@ runs = st.builds(
     optim=st.builds(Optim, lr=rates, clip=rates, betas=st.tuples(fractions, fractions)),
     schedule=st.builds(Schedule, epochs=st.integers(1, 999), time=st.sampled_from(["", "30m", "1h30m"])),
     batch=st.integers(1, 4096),
-    seed=st.integers(),
+    seed=st.integers(0, 2**63 - 1),
     out=st.text(),
 )
 preprocesses = st.builds(Preprocess, image_size=st.tuples(st.integers(1, 999), st.integers(1, 999)), mean=st.tuples(rates, rates, rates))

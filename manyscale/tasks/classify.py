@@ -1,5 +1,6 @@
 """Image classification: soft-label cross-entropy, top-1 and top-5."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -59,10 +60,10 @@ class Classify:
 
     def fingerprint(self) -> str:
         """A hash of the set's classes and of the names of its files, in order: what the order of samples depends on."""
-        state = xxhash.xxh3_128("\n".join(self.labels))
+        state = xxhash.xxh3_128(os.fsencode("\n".join(self.labels)))
         for source in (self.splits.train, self.splits.val):
             for index in range(len(source)):
-                state.update(source.name(index))
+                state.update(os.fsencode(source.name(index)))
         return state.hexdigest()
 
     def targets(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
