@@ -11,7 +11,7 @@ def digits() -> Run:
         input=Input(data="digits", statistics="half", crop_ratio=1.0, workers=0, cache=True),
         augment=Augment(crop="resized", scale=(0.5, 1.0), flip=0.0),
         optim=Optim(lr=2e-3, min_lr=1e-5, ema=0.98),
-        schedule=Schedule(epochs=60, warmup=3, evaluate_every=5),
+        schedule=Schedule(epochs=36, warmup=3, evaluate_every=6),
         batch=64,
         precision="float32",
     )

@@ -5,6 +5,7 @@ import html
 import io
 import json
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -40,10 +41,9 @@ pre {{ padding: 12px 14px; overflow-x: auto; }}
 <main>
 <h1>A Swin V2 that keeps its accuracy at a size it never saw</h1>
 <p class="lead">{verdict}</p>
-<p class="quiet">A net of {parameters:,} parameters, trained twice from scratch on scikit-learn's handwritten digits ({digits} for
-training, {pictures} held out) in {seconds:.0f} seconds:
-once with Swin V2's log-spaced continuous position bias, once with Swin V1's bias table. Everything
-else is equal.</p>
+<p class="quiet">A net of {parameters:,} parameters, trained from scratch on scikit-learn's handwritten digits ({digits} for training,
+{pictures} held out): from {seeds} seeds with Swin V2's log-spaced continuous position bias, and from the same seeds with Swin V1's bias
+table. Everything else is equal. {seconds:.0f} seconds of training in all, several nets at a time.</p>
 
 <h2>What it learnt</h2>
 <figure>{curves}</figure>
@@ -54,8 +54,8 @@ The table has no entry for offsets it never saw; it is stretched bicubically, wh
 <table><tr><th>image, window</th><th>log-spaced bias</th><th>table, bicubic</th></tr>
 {rows}</table>
 <figure>{transfer}</figure>
-<p class="quiet">Top-1 accuracy on {pictures} held-out digits; one standard error of an accuracy of 90&nbsp;% is {error:.1%} here. One seed:
-<code>manyscale train digits --seed 1</code> makes another.</p>
+<p class="quiet">Top-1 accuracy on {pictures} held-out digits: mean and standard deviation over {seeds} seeds, a thin line for each. One net
+more: <code>manyscale train digits --seed 7 --out runs/seven</code>.</p>
 
 <h2>The bias it learnt</h2>
 <p>How much a token favours another by where it is: the middle of each map is the token itself. Left, the window it was trained
@@ -90,8 +90,8 @@ def write_report(out: Path, result: dict[str, Any], nets: dict[str, Swin], answe
         digits=f"{result['trained_on']:,}",
         seconds=result["seconds"],
         pictures=result["pictures"],
-        error=(0.9 * 0.1 / result["pictures"]) ** 0.5,
-        curves=_picture(_curves(out)),
+        seeds=result["seeds"],
+        curves=_picture(_curves(out, result["seeds"])),
         rows="\n".join(map(_row, result["transfer"])),
         transfer=_picture(_transfer(result["transfer"])),
         maps=_picture(_maps(nets)),
@@ -108,9 +108,14 @@ def write_report(out: Path, result: dict[str, Any], nets: dict[str, Swin], answe
 
 
 def _row(row: dict[str, Any]) -> str:
-    most = max(row[bias] for bias in COLOURS)
-    cells = "".join(f'<td class="{"better" * (row[bias] == most)}">{row[bias]:.1%}</td>' for bias in COLOURS)
+    most = max(fmean(row[bias]) for bias in COLOURS)
+    cells = "".join(f'<td class="{"better" * (fmean(row[bias]) == most)}">{spread(row[bias])}</td>' for bias in COLOURS)
     return f"<tr><td>{row['image_size']} px, window {row['window']}</td>{cells}</tr>"
+
+
+def spread(values: list[float]) -> str:
+    """Shares in percent: the mean, and the standard deviation where there are several."""
+    return f"{100 * fmean(values):.1f}" + (f" ± {100 * stdev(values):.1f} %" if len(values) > 1 else " %")
 
 
 def _answer(answer: dict[str, Any]) -> str:
@@ -136,14 +141,16 @@ def _plain(axes: Any) -> Any:
     return axes
 
 
-def _curves(out: Path) -> Figure:
+def _curves(out: Path, seeds: int) -> Figure:
     figure = Figure(figsize=(9, 2.9), layout="constrained")
     loss, accuracy = map(_plain, figure.subplots(1, 2))
     for bias, colour in COLOURS.items():
-        records = [json.loads(line) for line in (out / bias / "metrics.jsonl").read_text().splitlines()]
-        steps, evaluations = [r for r in records if "loss" in r], [r for r in records if "accuracy" in r]
-        loss.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], color=colour, lw=1.2, label=bias)
-        accuracy.plot([r["epoch"] for r in evaluations], [100 * r["accuracy"] for r in evaluations], color=colour, marker=".", label=bias)
+        for seed in range(seeds):
+            records = [json.loads(line) for line in (out / f"{bias}-{seed}" / "metrics.jsonl").read_text().splitlines()]
+            steps, evaluations = [r for r in records if "loss" in r], [r for r in records if "accuracy" in r]
+            style = {"color": colour, "lw": 1.1, "alpha": 0.8, "label": None if seed else bias}
+            loss.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], **style)
+            accuracy.plot([r["epoch"] for r in evaluations], [100 * r["accuracy"] for r in evaluations], marker=".", **style)
     loss.set(title="training loss", xlabel="epoch", yscale="log")
     accuracy.set(title="held-out accuracy, %", xlabel="epoch")
     accuracy.legend(frameon=False, loc="lower right")
@@ -155,10 +162,12 @@ def _transfer(rows: list[dict[str, Any]]) -> Figure:
     axes = _plain(figure.subplots())
     places = range(len(rows))
     for bias, colour in COLOURS.items():
-        axes.plot(places, [100 * row[bias] for row in rows], color=colour, marker="o", label=bias)
+        for seed in range(len(rows[0][bias])):
+            axes.plot(places, [100 * row[bias][seed] for row in rows], color=colour, lw=0.8, alpha=0.35)
+        axes.plot(places, [100 * fmean(row[bias]) for row in rows], color=colour, lw=2, marker="o", label=bias)
     axes.set_xticks(list(places), [f"{row['image_size']} px, window {row['window']}" for row in rows])
     axes.set(ylabel="accuracy, %", title="trained at the left, everything to the right is untouched weights")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     return figure
 
 

@@ -39,9 +39,9 @@ ENDLESS = 10**12  # steps; a time budget may move the end while the loader runs
 class Stopped(RuntimeError):
     """The run ended early but in good order; `exit_code` is what the process should leave with."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, *, diverged: bool = False) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.diverged = exit_code, diverged
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -211,7 +211,8 @@ class _Training:
     def _stop_bad(self, what: str, ids: tuple[str, ...]) -> None:
         self.log.record({"step": self.clock.step, "stopped": what, "samples": list(ids)})
         kept = f"; the last good checkpoint is kept in {self.folder}" if checkpoints(self.folder) else ""
-        raise Stopped(f"step {self.clock.step + 1}: {what}{kept}; a lower --lr with another --out, or --precision float32, may help", 1)
+        advice = "a lower --lr with another --out, or --precision float32, may help"
+        raise Stopped(f"step {self.clock.step + 1}: {what}{kept}; {advice}", 1, diverged=True)
 
     # -- how long ---------------------------------------------------------------------------------------------------------
 
