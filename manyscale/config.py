@@ -54,6 +54,7 @@ class SwinConfig:
     extra_norm_scope: Literal["stage", "model"] = "stage"  # where those blocks are counted from
     padding: Literal["mask", "attend"] = "mask"  # padded tokens: masked out, or attended as every other code does
     level_norms: bool = False  # one LayerNorm per pyramid level in `features`, for dense heads
+    mask_token: bool = False  # a learnt stand-in for hidden patches (SimMIM): `forward(x, mask)` then takes a mask
     drop_path: float = 0.0  # stochastic depth of the last block; linear from 0 at the first
     dropout: float = 0.0  # of attention weights, projections and MLPs
 
@@ -221,6 +222,7 @@ class Optim:
     clip: float = 5.0  # gradient norm; 0: no clipping
     layer_decay: float = 1.0  # each block's rate over that of the next one towards the head
     ema: float = 0.0  # decay of the weights' moving average; 0: none. Evaluated and kept as best where on
+    decay_position_bias: bool = False  # decay position biases and logit scales too, as the official SimMIM code does by mistake
 
     def __post_init__(self) -> None:
         _finite(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps", "clip", "layer_decay", "ema")
@@ -235,10 +237,11 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long, and how the learning rate goes: linear warm-up, then a cosine over the rest."""
+    """How long, and how the learning rate goes: linear warm-up, then a cosine over the rest, or steps down."""
 
     epochs: int = 300
     warmup: float = 20.0  # epochs
+    milestones: tuple[float, ...] = ()  # epochs at which the rate falls to a tenth, instead of along a cosine
     time: str = ""  # a budget such as 30m, 8h or 1h30m: `epochs` then follows from the measured speed
     evaluate_every: int = 1  # epochs
     patience: int = 0  # stop after this many evaluations without a better one; 0: never
@@ -250,9 +253,26 @@ class Schedule:
         _finite(self, "warmup", "save_minutes")
         for name in ("epochs", "evaluate_every", "keep"):
             _require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
+        rising = list(self.milestones) == sorted(self.milestones) and all(0 < m < self.epochs for m in self.milestones)
+        _require(rising, "milestones", f"{self.milestones} must rise, within the {self.epochs} epochs")
         for name in ("warmup", "patience", "save_minutes", "save_steps"):
             _require(getattr(self, name) >= 0, name, f"{getattr(self, name)} must not be negative")
         seconds(self.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimMIM:
+    """Pre-training without labels: hide patches, paint them in (SimMIM, arXiv 2111.09886; Swin V2 section 4.1)."""
+
+    mask_unit: int = 32  # pixels on a side of what is hidden or shown as one
+    mask_ratio: float = 0.6  # of the units, rounded up
+    target_window: int = 47  # pixels, odd: targets are normalised by the mean and deviation around each (V2); 0: raw (V1)
+
+    def __post_init__(self) -> None:
+        _require(self.mask_unit >= 1, "mask_unit", f"{self.mask_unit} must be at least 1 pixel; 32 is usual")
+        _require(0 < self.mask_ratio <= 1, "mask_ratio", f"{self.mask_ratio} must be in (0, 1]; 0.6 is usual")
+        well = self.target_window == 0 or (self.target_window >= 3 and self.target_window % 2 == 1)
+        _require(well, "target_window", f"{self.target_window} must be 0 (raw targets) or odd and at least 3; 47 is usual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,12 +280,13 @@ class Run:
     """One training run, whole: the same values give the same weights."""
 
     recipe: str = ""  # the name it came from
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "simmim"] = "classify"
     model: SwinConfig = field(default_factory=SwinConfig)
     input: Input = field(default_factory=Input)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
+    simmim: SimMIM = field(default_factory=SimMIM)  # where that is the task
     batch: int = 64  # images per step
     accumulate: int = 1  # backward passes per step; each takes batch / accumulate images
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes in it

@@ -43,7 +43,7 @@ def test_help_answers_in_under_a_second():
         spent = []
         for _ in range(3):  # the best of three: the machine has other things to do
             start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-m", "manyscale.cli", *arguments], capture_output=True, text=True, timeout=60)
+            done = subprocess.run([sys.executable, "-m", "manyscale", *arguments], capture_output=True, text=True, timeout=60)
             spent.append(time.perf_counter() - start)
             assert done.returncode == 0 and done.stdout
         assert min(spent) < 1.0
@@ -126,6 +126,24 @@ def test_predict_answers_for_every_file_and_leaves_a_sheet(saved, capsys):
     alone = json.loads(capsys.readouterr().out)["top"]
     assert [entry["label"] for entry in alone] == [entry["label"] for entry in lines[0]["top"]]
     assert [entry["probability"] for entry in alone] == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_a_simmim_run_paints_and_is_scored(tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["train", "simmim_folder", "--tiny", "--epochs", "1", "--precision", "float32", "--out", str(run)])
+    capsys.readouterr()
+    folder = pictures(tmp_path / "pictures")
+    main(["predict", str(run), str(folder)])
+    out = capsys.readouterr().out
+    assert "a.png: l1 " in out and "not an image" in out and "empty file" in out
+    lines = [json.loads(line) for line in (run / "predictions" / "predictions.jsonl").read_text().splitlines()]
+    assert [sorted(line) for line in lines] == [["l1", "path"]] * 2 + [["error", "path"]] * 2
+    with Image.open(run / "predictions" / "sheet.png") as sheet:
+        assert sheet.size[0] > 100
+    assert "none of the 1 files could be read" in refused(capsys, "predict", run, folder / "d.png")
+    main(["eval", str(run), "--json-lines", "--batch", "64"])
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["l1"] == pytest.approx(json.loads((run / "summary.json").read_text())["best"]["l1"], abs=1e-6)
 
 
 def test_predict_with_nothing_to_read(saved, capsys):

@@ -152,22 +152,23 @@ class Cached:
         return self._source.path(index)
 
 
-def open_splits(settings: Input, seed: int) -> Splits:
+def open_splits(settings: Input, seed: int, *, labelled: bool = True) -> Splits:
     """The set that `settings.data` names, in two parts: `digits`, or a folder of class folders (see `open_split`).
 
     Args:
         seed: chooses the hold-out where the set brings no evaluation split; the same seed, the same pictures.
+        labelled: whether class folders are asked for.
 
     Raises:
         ValueError: there is no such set, or its folders are not as they must be. The message names the folder and the fix.
     """
-    train, classes, ignored = open_split(settings, "train", seed)
-    val, _, also = open_split(settings, "val", seed)
+    train, classes, ignored = open_split(settings, "train", seed, labelled=labelled)
+    val, _, also = open_split(settings, "val", seed, labelled=labelled)
     name = settings.data if settings.data == DIGITS else os.path.basename(find_folder(settings.data))
     return Splits(train, val, classes, name, tuple(dict.fromkeys((*ignored, *also))))
 
 
-def open_split(settings: Input, split: str, seed: int) -> Split:
+def open_split(settings: Input, split: str, seed: int, *, labelled: bool = True) -> Split:
     """One part of a set: `train`, `val` or the name of any split folder, such as `test`.
 
     In a folder, every class is a sub-folder, of pictures at any depth; names that start with a dot are ignored. Split
@@ -175,12 +176,14 @@ def open_split(settings: Input, split: str, seed: int) -> Split:
     as what training evaluates on. Where there is none, `val` is the fraction `settings.holdout` of every class, chosen
     by seed and file names alone, and `train` the rest; `all` is both, for evaluating on a whole folder.
 
+    Not labelled, every picture below the folder counts, wherever it lies; there are no classes and every label is 0.
+
     Raises:
         ValueError: as `open_splits`.
     """
     if settings.data == DIGITS:
         _check_known(split, ("train", "val"), DIGITS)
-        return Split(Digits(held_out=split == "val"), Digits.classes)
+        return Split(Digits(held_out=split == "val"), Digits.classes if labelled else ())
     root = find_folder(settings.data)
     folders = _split_folders(root)
     evaluation = next((folders[name] for name in _EVALUATION if name in folders), None)
@@ -189,8 +192,12 @@ def open_split(settings: Input, split: str, seed: int) -> Split:
     else:
         known = dict.fromkeys(("train", "val", "all"), folders.get("train", root))
     _check_known(split, known, root)
-    classes = _class_names(folders.get("train", known[split]))
-    names, labels, ignored = _pictures(root, known[split], classes)
+    if labelled:
+        classes = _class_names(folders.get("train", known[split]))
+        names, labels, ignored = _pictures(root, known[split], classes)
+    else:
+        classes = ()
+        names, labels, ignored = _loose_pictures(root, known[split])
     if split != "all" and not evaluation:
         kept = np.flatnonzero(_held_out(names, labels, settings.holdout, seed, classes) == (split == "val"))
         names, labels = [names[index] for index in kept], [labels[index] for index in kept]
@@ -254,6 +261,16 @@ def _pictures(root: str, folder: str, classes: tuple[str, ...]) -> tuple[list[st
         raise ValueError(f"{folder} holds only one class, {classes[0]}; add a folder for each other class")
     others = tuple(path for paths in files for path in paths if not _is_picture(path))
     return [path for paths in each for path in paths], [label for label, paths in enumerate(each) for _ in paths], others
+
+
+def _loose_pictures(root: str, folder: str) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """As `_pictures`, for every picture at any depth below `folder`, all with label 0."""
+    files = list(_walk(folder))
+    names = [os.path.relpath(path, root) for path in files if _is_picture(path)]
+    if len(names) < 2:
+        held = f"a single image, {names[0]}" if names else "no images at all"
+        raise ValueError(f"{folder} holds {held} (names that end in {', '.join(EXTENSIONS)}); pre-training needs many, in any sub-folders")
+    return names, [0] * len(names), tuple(path for path in files if not _is_picture(path))
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:

@@ -25,6 +25,22 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x).movedim(1, -1))
 
 
+class MaskToken(nn.Module):
+    """What stands for a patch that is hidden: one learnt token (SimMIM, arXiv 2111.09886, section 3.2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(width))
+        self.initialise()
+
+    def initialise(self) -> None:
+        nn.init.trunc_normal_(self.token, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (B, *grid, C) and a mask (B, *grid), True where hidden -> (B, *grid, C)"""
+        return torch.where(mask[..., None], self.token.to(x.dtype), x)
+
+
 class PatchMerge(nn.Module):
     """Each 2 x 2 neighbourhood becomes one token of twice the channels; time stays. Odd grids are padded with zeros.
 

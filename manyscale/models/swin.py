@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyscale.config import Preprocess, SwinConfig
 from manyscale.layers.attention import WindowAttention
 from manyscale.layers.block import Block, Mlp
-from manyscale.layers.patch import PatchEmbed, PatchMerge
+from manyscale.layers.patch import MaskToken, PatchEmbed, PatchMerge
 from manyscale.layers.position_bias import ContinuousBias, TableBias
 from manyscale.ops.positions import relative_coordinates, relative_index
 from manyscale.ops.windows import layout
@@ -80,6 +80,7 @@ class Swin(nn.Module):
         drop_path = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
         widths = [config.width * 2**stage for stage in range(len(config.depths))]
         self.patch = PatchEmbed(config.channels, config.width, config.patches)
+        self.mask_token = MaskToken(config.width) if config.mask_token else None
         self.drop = nn.Dropout(config.dropout)
         self.stages = nn.ModuleList(Stage(config, stage, drop_path) for stage in range(len(config.depths)))
         self.level_norms = nn.ModuleList(nn.LayerNorm(width) for width in widths) if config.level_norms else None
@@ -109,7 +110,7 @@ class Swin(nn.Module):
     def layer(self, name: str) -> int:
         """The layer of a parameter, 0 nearest the pixels (official SimMIM fine-tuning): a merging goes with the block before it."""
         part, *rest = name.split(".")
-        if part == "patch":
+        if part in ("patch", "mask_token"):
             return 0
         if part != "stages":
             return self.layers - 1
@@ -117,21 +118,42 @@ class Swin(nn.Module):
         before = sum(self.config.depths[:stage])
         return before + int(rest[2]) + 1 if kind == "blocks" else before + self.config.depths[stage]
 
-    def features(self, x: Tensor) -> Features:
-        """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`."""
+    def tokens(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """The tokens of every stage before its merging, (B, *grid_i, D_i), not normalised.
+
+        Args:
+            mask: (B, *grid) bool, the patches to hide; only for a model with a mask token.
+        """
         if x.dim() != self.config.axes + 2 or x.shape[1] != self.config.channels:
             shape = "(B, {}, {}H, W)".format(self.config.channels, "T, " if self.config.axes == 3 else "")
             raise ValueError(f"the model takes a batch of shape {shape}, not {tuple(x.shape)}")
-        x = self.drop(self.patch(x))
+        x = self.patch(x)
+        if mask is not None:
+            if self.mask_token is None:
+                raise ValueError("a mask, but the model has no mask token; make it with mask_token=True")
+            if mask.shape != x.shape[:-1]:
+                raise ValueError(f"the mask has shape {tuple(mask.shape)}, the patches {tuple(x.shape[:-1])}; they must be equal")
+            x = self.mask_token(x, mask)
+        x = self.drop(x)
         levels = []
         for i, stage in enumerate(self.stages):
             x = stage(x)
-            levels.append((self.level_norms[i](x) if self.level_norms else x).movedim(-1, 1))
+            levels.append(x)
             if i < len(self.stages) - 1:
                 x = stage.merge(x)
-        pooled = self.norm(x).flatten(1, -2).mean(dim=1)
-        return Features(tuple(levels), pooled)
+        return levels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) or clips (B, 3, T, H, W) -> logits (B, classes)."""
-        return self.head(self.features(x).pooled)
+    def features(self, x: Tensor, mask: Tensor | None = None) -> Features:
+        """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`; `mask` as in `tokens`."""
+        levels = self.tokens(x, mask)
+        maps = (self.level_norms[i](level) if self.level_norms else level for i, level in enumerate(levels))
+        pooled = self.norm(levels[-1]).flatten(1, -2).mean(dim=1)
+        return Features(tuple(level.movedim(-1, 1) for level in maps), pooled)
+
+    def last_map(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The last stage, normalised, as a map: (B, 3, H, W) -> (B, D, h, w). What `Features.pooled` is the mean of."""
+        return self.norm(self.tokens(x, mask)[-1]).movedim(-1, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) or clips (B, 3, T, H, W) -> logits (B, classes); `mask` as in `tokens`."""
+        return self.head(self.features(x, mask).pooled)

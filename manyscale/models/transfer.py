@@ -19,6 +19,7 @@ def transfer(
     *,
     classes: int | None = None,
     drop_path: float | None = None,
+    mask_token: bool | None = None,
     table: Literal["bicubic", "geometric"] = "bicubic",
 ) -> Swin:
     """A new model with the weights of `model`, laid out for `image_size` and `window`. `model` is left as it is.
@@ -32,6 +33,7 @@ def transfer(
         window: as in the configuration; None keeps it.
         classes: a new, freshly initialised head for so many classes; None keeps the head.
         drop_path: for training on; None keeps it.
+        mask_token: with one (fresh, where the model has none) or without; None keeps it.
         table: how a bias table is resized; geometric is what SimMIM fine-tuning uses.
 
     Raises:
@@ -44,11 +46,14 @@ def transfer(
         pretrained_window=model.config.pretrained_windows,
         classes=model.config.classes if classes is None else classes,
         drop_path=model.config.drop_path if drop_path is None else drop_path,
+        mask_token=model.config.mask_token if mask_token is None else mask_token,
     )
     new = build(config).to(next(model.parameters()))
     tensors = model.state_dict()
     if classes is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    if not config.mask_token:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("mask_token.")}
     for name in tensors:
         if name.endswith("bias.table"):
             stage = int(name.split(".")[1])

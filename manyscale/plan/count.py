@@ -44,7 +44,7 @@ def count(config: SwinConfig) -> Count:
     """Parameters, and multiply-adds of one image at `config.image_size`, exact to the digit."""
     tokens = prod(config.grids[0])
     kernel = config.channels * prod(config.patches) * config.width
-    rows = [Row("stem", config.grids[0], (), kernel + 3 * config.width, tokens * kernel)]
+    rows = [Row("stem", config.grids[0], (), kernel + (3 + config.mask_token) * config.width, tokens * kernel)]
     for stage in range(len(config.depths)):
         if stage:
             rows.append(_merge(config, stage - 1))

@@ -3,13 +3,18 @@
 from collections.abc import Callable
 
 from manyscale.config import Run
-from manyscale.recipes import folder, imagenet, small
+from manyscale.recipes import folder, imagenet, simmim, small
 from manyscale.recipes.tiny import tiny
 
 RECIPES: dict[str, Callable[[], Run]] = {
     "digits": small.digits,
     "cifar10": small.cifar10,
     "folder": folder.folder,
+    "simmim_cifar10": simmim.simmim_cifar10,
+    "simmim_folder": simmim.simmim_folder,
+    "simmim_imagenet_swinv2_base": simmim.simmim_imagenet_swinv2_base,
+    "simmim_swinv2_giant_70m": simmim.simmim_swinv2_giant_70m,
+    "finetune": simmim.finetune,
     **imagenet.RECIPES,
 }
 

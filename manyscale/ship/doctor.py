@@ -22,6 +22,7 @@ MICRO = SwinConfig(image_size=32, patch=4, window=4, width=32, depths=(2, 2), he
 FAMILIES = {
     "Swin V1": {"similarity": "dot", "norm": "pre", "bias": "table", "merge_norm": "before"},
     "Swin V2": {},
+    "Swin V2 for SimMIM": {"mask_token": True},
     "Swin V2 on clips": {"image_size": (4, 32, 32), "patch": (2, 4, 4), "window": (2, 4, 4)},
 }
 

@@ -7,11 +7,14 @@ import torch
 
 from manyscale.config import Input, Run, from_dict
 from manyscale.data.loader import eval_batches, worker_count
-from manyscale.data.sources import open_split
+from manyscale.data.sources import Source, open_split
 from manyscale.data.transforms import eval_transform
+from manyscale.heads.pixels import is_masked, load_masked
 from manyscale.models import Swin, load
 from manyscale.storage import read_json
-from manyscale.tasks.classify import Report, score
+from manyscale.tasks import simmim
+from manyscale.tasks.classify import score
+from manyscale.tasks.pictures import Report
 from manyscale.train.state import pick_device, pick_precision
 
 
@@ -28,6 +31,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy and loss of the model at `path` on one split, over the pictures that could be read.
 
+    Of a SimMIM run instead `l1`, its training loss.
+
     Args:
         path: a run's folder, or any folder that `ms.save` wrote; a run brings its own data.
         data: a set by name or folder; empty: the one the run was trained on.
@@ -38,7 +43,13 @@ def evaluate(
     """
     if batch < 1:
         raise ValueError(f"field `batch`: {batch} must be at least 1")
-    model, run = load(path), recipe_of(path)
+    run = recipe_of(path)
+    if is_masked(path) and run:
+        settings = replace(run.input, data=data or run.input.data, workers=workers, cache=False)
+        return _score_painting(
+            path, open_split(settings, split, run.seed, labelled=False).source, run, settings, report, batch, device, precision
+        )
+    model = load(path)
     if not model.preprocess or not model.config.classes:
         raise ValueError(f"{path}: no head, or no word on how its pictures are prepared; give a model that `train` wrote")
     if not data and not run:
@@ -49,6 +60,19 @@ def evaluate(
     chosen = pick_device(device)
     batches = eval_batches(source, eval_transform(model.preprocess), batch=batch, workers=worker_count(workers), policy=settings.bad_files)
     return score(model.to(chosen), batches, chosen, pick_precision(precision, chosen), report, order)
+
+
+def _score_painting(
+    path: str, source: Source, run: Run, settings: Input, report: Report, batch: int, device: str, precision: str
+) -> dict[str, float]:
+    model, chosen = load_masked(path), pick_device(device)
+    if not model.encoder.preprocess:
+        raise ValueError(f"{path}: no word on how its pictures are prepared; give a run's folder")
+    batches = eval_batches(
+        source, eval_transform(model.encoder.preprocess), batch=batch, workers=worker_count(settings.workers), policy=settings.bad_files
+    )
+    dtype = pick_precision(precision, chosen)
+    return simmim.score(model.to(chosen), batches, run.simmim, model.config.patches, chosen, dtype, report)
 
 
 def recipe_of(path: str) -> Run | None:

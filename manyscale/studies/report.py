@@ -185,7 +185,7 @@ def _maps(nets: dict[str, Swin]) -> Figure:
                 (row[head], learnt[head], f"window {window}"),
                 (row[heads + head], moved[head], f"window {2 * window}"),
             ):
-                axes.imshow(values, cmap="viridis", vmin=low, vmax=high)
+                axes.imshow(values.numpy(), cmap="viridis", vmin=low, vmax=high)
                 axes.set(xticks=[], yticks=[])
                 axes.set_title(f"{name}, head {head + 1}", fontsize=8)
         row[0].set_ylabel(bias)

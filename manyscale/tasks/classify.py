@@ -1,92 +1,62 @@
 """Image classification: soft-label cross-entropy, top-1 and top-5."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from torch import Tensor, nn
 
 from manyscale.config import Run
 from manyscale.data.images import BadImage
-from manyscale.data.loader import Batch, eval_batches, steps_per_epoch, train_batches, worker_count
-from manyscale.data.sources import open_splits
-from manyscale.data.transforms import eval_transform, mix, preprocess_for, train_transform
-from manyscale.models import Swin
-
-Report = Callable[[str, str], Any]  # what to call with the path and the reason of a file that could not be read
+from manyscale.data.loader import Batch
+from manyscale.data.transforms import eval_transform, mix
+from manyscale.models import Swin, build, load, save
+from manyscale.tasks.pictures import Pictures, Report
 
 
-class Loss(NamedTuple):
-    """What to minimise, and what it is made of for the log."""
+class Classify(Pictures):
+    """The classification task of a run; the number of classes comes from the data."""
 
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-class Classify:
-    """The classification task of a run.
-
-    `run` is the run made whole: the number of classes comes from the data.
-
-    Raises:
-        ValueError: data that cannot be used, named with the fix.
-    """
-
-    metric = "accuracy"  # the larger the better; decides which weights are the best
+    metric, better = "accuracy", max  # decides which weights are the best
 
     def __init__(self, run: Run) -> None:
-        if run.model.axes != 2:
-            raise ValueError(f"field `image_size`: {run.model.image_size} makes a video model; this task takes pictures: height and width")
-        self.splits = open_splits(run.input, run.seed)
-        self.labels = self.splits.classes
-        self.run = replace(run, model=replace(run.model, classes=len(self.labels)))
-        self.preprocess = preprocess_for(run.input, self.run.model.size, self.splits.train)
+        super().__init__(run, labelled=True)
         self.mix = mix(run.augment, len(self.labels))
-        self.steps_per_epoch = steps_per_epoch(len(self.splits.train), run.batch)
 
-    def train_batches(self, start: int, steps: int) -> Iterator[Batch]:
-        """The batches of steps `start` to `steps` - 1, a pure function of the seed."""
-        run, transform = self.run, train_transform(self.preprocess, self.run.augment)
-        return train_batches(
-            self.splits.train, transform, batch=run.batch, seed=run.seed, start_step=start, steps=steps,
-            workers=worker_count(run.input.workers), policy=run.input.bad_files, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-
-    def fingerprint(self) -> str:
-        """A hash of the set's classes and of the names of its files, in order: what the order of samples depends on."""
-        state = xxhash.xxh3_128(os.fsencode("\n".join(self.labels)))
-        for source in (self.splits.train, self.splits.val):
-            for index in range(len(source)):
-                state.update(os.fsencode(source.name(index)))
-        return state.hexdigest()
+    def model(self) -> Swin:
+        """What is trained: a fresh model, or the one of `init`, with a new head where its classes are others."""
+        if not self.run.init:
+            return build(self.run.model)
+        old = load(self.run.init)
+        same = old.config.classes == len(self.labels) and old.labels in ((), self.labels)
+        return self.initial(old, classes=None if same else len(self.labels), mask_token=False)
 
     def targets(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) and soft labels (B, classes) on the device, mixed where the run says so."""
         return self.mix(batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True))
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Loss:
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of the batch."""
-        total = F.cross_entropy(model(images).float(), targets)
-        return Loss(total, {})
+        return F.cross_entropy(model(images).float(), targets)
 
     def evaluate(self, model: nn.Module, device: torch.device, precision: torch.dtype, report: Report) -> dict[str, float]:
         """Top-1 and top-5 accuracy and loss on the held-out split, over the files that could be read."""
-        run, transform, workers = self.run, eval_transform(self.preprocess), worker_count(self.run.input.workers)
-        batches = eval_batches(self.splits.val, transform, batch=run.batch, workers=workers, policy=run.input.bad_files)
-        return score(model, batches, device, precision, report)
+        return score(model, self.eval_batches(), device, precision, report)
 
-    def finish(self, model: Swin) -> None:
-        """Give a model what prediction needs to know."""
+    def save(self, model: Swin, folder: Path) -> None:
+        """Write a model with what prediction needs to know."""
         model.preprocess, model.labels = self.preprocess, self.labels
+        save(model, folder)
+
+    def load(self, folder: Path) -> Swin:
+        """What `save` wrote."""
+        return load(folder)
 
     @torch.no_grad()
-    def draw(self, model: nn.Module, device: torch.device, path: Path | str) -> None:
+    def draw(self, model: nn.Module, path: Path | str) -> None:
         """A sheet of held-out pictures with what the model says of each."""
         source, transform = self.splits.val, eval_transform(self.preprocess)
         shown, inputs = [], []
@@ -96,7 +66,9 @@ class Classify:
                 inputs.append(transform(picture))
                 picture.thumbnail((256, 256))
                 shown.append((picture, source.label(index)))
+        was_training, device = model.training, next(model.parameters()).device
         probabilities = model.eval()(torch.stack(inputs).to(device)).float().softmax(-1)
+        model.train(was_training)
         confidence, said = (t.tolist() for t in probabilities.max(-1))
         captions = [
             (f"{self.labels[guess]} {sure:.0%}", guess == truth) for (_, truth), guess, sure in zip(shown, said, confidence, strict=True)

@@ -4,7 +4,6 @@ A run is a pure function of its recipe: the order and augmentation of samples fo
 randomness of a step from (seed, step). So a run that was killed goes on from its last checkpoint to the same weights.
 """
 
-import fcntl
 import math
 import signal
 import statistics
@@ -18,21 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from manyscale.config import Run, from_dict, seconds, to_dict
+from manyscale.config import Run, seconds, to_dict
 from manyscale.data.loader import seed_from
-from manyscale.models import Swin, build, load, save, transfer
-from manyscale.storage import read_json, write_json
+from manyscale.storage import write, write_json
 from manyscale.tasks import TASKS
 from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tidy
+from manyscale.train.folder import check_recipe, check_task, only_one
 from manyscale.train.log import Log
 from manyscale.train.optim import set_rate
 from manyscale.train.schedule import rate
 from manyscale.train.state import State, pick_device, pick_precision
 
-# What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
-FREE = {"out", "device", "precision", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes",
-        "schedule.save_steps", "schedule.keep"}  # fmt: skip
 CALIBRATION_STEPS = 15
+DRAW_SECONDS = 60.0  # at least, between two drawings of samples
 ENDLESS = 10**12  # steps; a time budget may move the end while the loader runs
 
 
@@ -56,9 +53,8 @@ def train(run: Run) -> dict[str, Any]:
     """
     began, folder = time.monotonic(), Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
-        if (folder / "recipe.json").exists():  # refuses a folder of another task, before the data are opened
-            from_dict(Run, read_json(folder / "recipe.json"), str(folder / "recipe.json"))
+    with only_one(folder):
+        check_task(folder, run)
         try:
             return _Training(folder, TASKS[run.task](run), began).go()
         except torch.OutOfMemoryError as error:
@@ -74,18 +70,17 @@ class _Training:
         self.device = pick_device(task.run.device)
         self.precision = pick_precision(task.run.precision, self.device)
         torch.manual_seed(task.run.seed)
-        model = _first_model(task.run, task.labels)
+        model = task.model()
         self.run: Run = replace(task.run, model=model.config)
-        task.finish(model)
         self.state = State(model.to(self.device), self.run.optim)
         self.signal = 0
-        self.began, self.saved = began, time.monotonic()  # opening the data counts towards a time budget
+        self.began, self.saved, self.drawn = began, time.monotonic(), time.monotonic()  # opening the data counts towards a time budget
 
     def go(self) -> dict[str, Any]:
         notes: list[str] = []
         found = load_checkpoint(self.folder, notes.append)
         if found:
-            _check_recipe(self.folder, self.run)
+            check_recipe(self.folder, self.run)
             self.state.restore(*found)
             notes.append(f"going on from step {self.state.clock.step} of {self.state.clock.steps}")
         elif (self.folder / "summary.json").exists() or any(self.folder.glob("damaged_*")):
@@ -162,10 +157,10 @@ class _Training:
         torch.manual_seed(seed_from(run.seed, clock.step))
         images, targets = self.task.targets(batch, self.device)
         total = 0.0
-        for part, soft in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
+        for part in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
             randomness = _random_states()
             with self._autocast():
-                loss = self.task.loss(state.model, part, soft).total * (len(part) / len(images))
+                loss = self.task.loss(state.model, *part) * (len(part[0]) / len(images))
             total += loss.item()
             if not math.isfinite(total):
                 _random_states(randomness)
@@ -189,7 +184,7 @@ class _Training:
 
     # -- when the loss is not a number ------------------------------------------------------------------------------------
 
-    def _blame(self, images: torch.Tensor, ids: tuple[str, ...]) -> None:
+    def _blame(self, part: tuple[torch.Tensor, ...], ids: tuple[str, ...]) -> None:
         """Run the bad batch once more, watching every module, and stop with the first whose output is not finite."""
         culprits: list[str] = []
 
@@ -202,7 +197,7 @@ class _Training:
 
         hooks = [module.register_forward_hook(watch(name)) for name, module in self.state.model.named_modules() if name]
         with torch.no_grad(), self._autocast():
-            self.state.model(images)
+            self.task.loss(self.state.model, *part)
         for hook in hooks:
             hook.remove()
         where = f"first in module {culprits[0]}" if culprits else "with every module's output finite"
@@ -264,13 +259,12 @@ class _Training:
         record = {"step": clock.step, "epoch": clock.step / self.task.steps_per_epoch, **metrics}
         clock.history.append(record)
         self.log.record(record)
-        better = clock.best is None or value > clock.best
+        better = clock.best is None or (value != clock.best and self.task.better(value, clock.best) == value)
         clock.stale = 0 if better else clock.stale + 1
         if better:
             clock.best, clock.best_step = value, clock.step
             best = self.folder / "best"
-            self.task.finish(model)
-            save(model, best)
+            self.task.save(model, best)
             write_json(best / "recipe.json", to_dict(self.run))
             write_json(best / "metrics.json", record)
         shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in metrics if name != "pictures")
@@ -278,8 +272,14 @@ class _Training:
         if 0 < self.run.schedule.patience <= clock.stale and clock.step < clock.steps:
             self.log.note(f"no better evaluation in {clock.stale}: stopped early")
             clock.steps = clock.step
+        if time.monotonic() - self.drawn > DRAW_SECONDS and clock.step < clock.steps:  # at the end the best is drawn
+            self._draw(model)
         self._replan()
         self._save()
+
+    def _draw(self, model: nn.Module) -> None:
+        write(self.folder / "samples.png", lambda path: self.task.draw(model, path))
+        self.drawn = time.monotonic()
 
     def _checkpoint_due(self) -> bool:
         schedule = self.run.schedule
@@ -307,10 +307,9 @@ class _Training:
 
     def _introduce(self) -> None:
         count = sum(p.numel() for p in self.state.model.parameters())
-        train, val = len(self.task.splits.train), len(self.task.splits.val)
         precision = str(self.precision).removeprefix("torch.")
         self.log.note(
-            f"{self.log.name}: {count / 1e6:.2f}M parameters, {train:,} pictures in {len(self.task.labels)} classes, {val:,} held out, "
+            f"{self.log.name}: {count / 1e6:.2f}M parameters, {self.task.describe()}, "
             f"{self.clock.steps:,} steps of {self.run.batch} ({self.clock.steps / self.task.steps_per_epoch:.1f} epochs), "
             f"{precision} on {self.device}"
         )
@@ -322,8 +321,7 @@ class _Training:
     def _finish(self) -> dict[str, Any]:
         clock = self.clock
         best = next(record for record in clock.history if record["step"] == clock.best_step)
-        model = load(self.folder / "best").to(self.device)
-        self.task.draw(model, self.device, self.folder / "samples.png")
+        self._draw(self.task.load(self.folder / "best").to(self.device))
         bad, epochs = len(self.log.bad_files), clock.step / self.task.steps_per_epoch
         summary = {"recipe": self.run.recipe, "task": self.run.task, "best": best, "last": clock.history[-1]}
         summary |= {"steps": clock.step, "epochs": epochs, "seconds": clock.seconds, "bad_files": bad}
@@ -357,54 +355,9 @@ class _Training:
                 signal.signal(number, handler)
 
 
-def _first_model(run: Run, labels: tuple[str, ...]) -> Swin:
-    """A fresh model, or the one of `init` at this run's image size, window and drop path; a new head for other classes."""
-    if not run.init:
-        return build(run.model)
-    model = load(run.init)
-    same = model.config.classes == len(labels) and model.labels in ((), labels)
-    classes = None if same else len(labels)
-    return transfer(model, run.model.image_size, run.model.window, classes=classes, drop_path=run.model.drop_path)
-
-
-def _check_recipe(folder: Path, run: Run) -> None:
-    """See that the run in a folder is this one.
-
-    Raises:
-        ValueError: it is another; the fields that differ are listed.
-    """
-    file = folder / "recipe.json"
-    old, new = (_flat(to_dict(one)) for one in (from_dict(Run, read_json(file), str(file)), run))
-    differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in new if name not in FREE and old[name] != new[name]]
-    if differ:
-        raise ValueError(f"{folder} holds another run; give --out another folder, or the same fields:\n  " + "\n  ".join(differ))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _random_states(restore: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
     """The generators' states, of the CPU and of every GPU; given, they are put back first."""
     if restore:
         torch.set_rng_state(restore[0])
         torch.cuda.set_rng_state_all(restore[1:])
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system drops with the process however it ends.
-
-    Raises:
-        ValueError: another process trains there.
-    """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is training here; wait for it or give another --out") from None
-        yield

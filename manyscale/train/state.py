@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from manyscale.config import Optim
-from manyscale.models import Swin
 from manyscale.train.optim import make_optimiser
 
 
@@ -33,14 +32,14 @@ class Clock:
 class State:
     """The model, its moving average, the optimiser and the clock of one run."""
 
-    def __init__(self, model: Swin, optim: Optim) -> None:
+    def __init__(self, model: nn.Module, optim: Optim) -> None:
         self.model = model
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
         self.optimiser = make_optimiser(model, optim)
         self.clock = Clock()
 
     @property
-    def final(self) -> Swin:
+    def final(self) -> nn.Module:
         """The weights to evaluate and keep: the moving average where there is one."""
         return self.ema.module if self.ema else self.model
 

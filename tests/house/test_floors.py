@@ -17,7 +17,8 @@ FLOORS = [  # lowest first; rooms on one floor do not import each other
     {"tasks"},
     {"train"},
     {"ship", "studies"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = sorted(HOUSE.rglob("*.py"))

@@ -22,6 +22,7 @@ OTHERS = {
     "one token": {"image_size": 1},
     "no head": {"classes": 0},
     "level norms": {"level_norms": True},
+    "mask token": {"mask_token": True},
     "grey": {"channels": 1, "patch": (2, 3)},
     "uneven mlp": {"mlp_ratio": 2.7},
     "extra norms by stage": {"depths": (2, 5), "extra_norm_every": 2},

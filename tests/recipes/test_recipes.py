@@ -54,8 +54,27 @@ def test_the_papers_numbers(name):
         assert run.model.pretrained_windows == tuple((w, w) for w in (12, 12, 12, 6)) and run.init
 
 
+def test_the_numbers_of_simmim():
+    base, giant, tune = (RECIPES[name]() for name in ("simmim_imagenet_swinv2_base", "simmim_swinv2_giant_70m", "finetune"))
+    for run in (base, giant):
+        assert (run.task, run.model.image_size, run.model.window) == ("simmim", 192, 12)
+        assert (run.simmim.mask_unit, run.simmim.mask_ratio, run.simmim.target_window) == (32, 0.6, 47)
+        assert (run.augment.crop, run.augment.scale, run.augment.flip, run.augment.randaugment) == ("resized", (0.67, 1.0), 0.5, 0)
+        assert not run.optim.decay_position_bias
+    assert (base.model.depths, base.model.drop_path) == ((2, 2, 18, 2), 0.1)
+    assert (base.batch, base.optim.lr * base.batch / 512, base.optim.weight_decay, base.optim.clip) == (2048, 4e-4, 0.05, 5)
+    assert (base.schedule.epochs, base.schedule.warmup, base.schedule.milestones) == (800, 10, (700,))
+    assert (giant.model.width, giant.model.depths, giant.model.extra_norm_every) == (512, (2, 2, 42, 4), 6)
+    assert (giant.batch, giant.optim.lr, giant.optim.lr_batch, giant.optim.weight_decay, giant.optim.clip) == (9216, 1.4e-3, 0, 0.1, 100)
+    assert giant.schedule.epochs == 20 and giant.schedule.warmup * 70e6 / 9216 == pytest.approx(30_000)
+    assert (tune.model.image_size, tune.model.window, tune.model.pretrained_window) == (224, 14, (12, 12, 12, 6))
+    assert (tune.optim.lr * tune.batch / tune.optim.lr_batch, tune.optim.layer_decay, tune.model.drop_path) == (5e-3, 0.75, 0.1)
+    assert (tune.schedule.epochs, tune.schedule.warmup, tune.optim.weight_decay) == (100, 20, 0.05)
+
+
 def test_every_recipe_is_listed_under_its_own_name_and_survives_json():
-    assert set(TABLE) | {"digits", "cifar10", "folder"} == set(RECIPES)
+    others = {"digits", "cifar10", "folder", "simmim_cifar10", "simmim_folder", "finetune"}
+    assert set(TABLE) | others | {"simmim_imagenet_swinv2_base", "simmim_swinv2_giant_70m"} == set(RECIPES)
     for name, recipe in RECIPES.items():
         run = recipe()
         assert run.recipe == name
@@ -71,7 +90,8 @@ def test_the_tiny_twin_keeps_the_switches(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in RECIPES if n in ("folder", "imagenet_swinv2_base_window16", "imagenet_swinv2_large_window24_from22k")]
+    "name",
+    ["folder", "imagenet_swinv2_base_window16", "imagenet_swinv2_large_window24_from22k", "simmim_swinv2_giant_70m", "finetune"],
 )
 def test_the_tiny_twin_trains(name, tmp_path):
     twin = tiny(RECIPES[name]())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import manyscale as ms
 from manyscale.config import SwinConfig
+from manyscale.heads.pixels import MaskedImages
 from manyscale.layers.patch import PatchMerge
 from manyscale.ship.convert import SOURCES
 from manyscale.ship.convert.layout import merge_order
@@ -199,6 +200,33 @@ def test_simmim_file() -> None:
     assert_same(model.state_dict(), ms.convert({"model": file, "epoch": 799}, source="official", name="swinv2_tiny", **fields).state_dict())
     with pytest.raises(ValueError, match="unknown: mask_token"):  # without the prefix it is no SimMIM file
         ms.convert({**plain, "mask_token": torch.zeros(1, 1, 8)}, source="official", name="swinv2_tiny", **fields)
+
+
+@pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny"])
+@pytest.mark.parametrize("early", [False, True])
+def test_simmim_files_whole_both_ways(name, early) -> None:
+    fields = {key: value for key, value in SMALL.items() if key != "classes"}
+    model = randomise(MaskedImages(ms.create_model(name, **fields, classes=0, mask_token=True)))
+    file = ms.export_weights(model, "simmim")
+    assert file["encoder.mask_token"].shape == (1, 1, 8) and file["decoder.0.weight"].ndim == 4
+    assert all(key.startswith(("encoder.", "decoder.0.")) for key in file)
+    if early:  # as the first files of Swin V2 called the bias network
+        file = {key.replace("cpb_mlp", "rpe_mlp"): tensor for key, tensor in file.items()}
+    again = ms.convert({"model": file}, source="simmim", name=name, **fields)
+    assert isinstance(again, MaskedImages)
+    assert_same(model.state_dict(), again.state_dict())
+    images, mask = torch.randn(1, 3, *again.config.size), torch.rand(1, *again.config.grids[0]) < 0.5
+    assert torch.equal(model.eval()(images, mask), again(images, mask))
+    encoder = ms.convert(file, source="official", name=name, **fields)
+    assert_same(
+        {k[8:]: t for k, t in again.state_dict().items() if k.startswith("encoder.") and "mask_token" not in k}, encoder.state_dict()
+    )
+    assert "mask_token" not in " ".join(ms.export_weights(again.encoder, "timm"))
+    for lost in ("encoder.mask_token", "decoder.0.bias"):
+        with pytest.raises(ValueError, match=f"no whole SimMIM file of this model(.|\n)*{lost} is missing"):
+            ms.convert({key: tensor for key, tensor in file.items() if key != lost}, source="simmim", name=name, **fields)
+    with pytest.raises(ValueError, match="takes encoder and decoder"):
+        ms.export_weights(encoder, "simmim")
 
 
 def test_official_buffers_are_dropped_and_the_window_they_tell_is_used() -> None:

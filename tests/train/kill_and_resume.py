@@ -20,7 +20,7 @@ RUN += ["--workers", "1", "--drop-path", "0.2", "--ema", "0.9"]
 
 
 def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "manyscale.cli", "train", *RUN, "--out", str(folder)]
+    command = [sys.executable, "-m", "manyscale", "train", *RUN, "--out", str(folder)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

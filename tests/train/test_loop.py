@@ -13,6 +13,7 @@ import manyscale as ms
 from manyscale.config import Run, from_dict
 from manyscale.train import loop
 from manyscale.train.checkpoint import checkpoints, load_checkpoint
+from manyscale.train.folder import only_one
 from manyscale.train.loop import Stopped, train
 from tests.conftest import shorter
 
@@ -135,12 +136,15 @@ def test_another_recipe_or_task_in_the_same_folder_is_refused_and_named(micro):
         train(shorter(replace(micro, optim=replace(micro.optim, lr=0.5)), epochs=1))
     recipe = Path(micro.out) / "recipe.json"
     recipe.write_text(recipe.read_text().replace('"task": "classify"', '"task": "simmim"'))
-    with pytest.raises(ValueError, match=r"recipe\.json: field `task`: expected classify, found 'simmim'"):
+    with pytest.raises(ValueError, match=r"holds a run of another task, simmim; give --out another folder"):
+        train(shorter(micro, epochs=1))
+    recipe.write_text(recipe.read_text().replace('"task": "simmim"', '"task": "paint"'))
+    with pytest.raises(ValueError, match=r"recipe\.json: field `task`: expected classify or simmim, found 'paint'"):
         train(shorter(micro, epochs=1))
 
 
 def test_one_process_trains_in_a_folder(micro):
-    with loop._only_one(Path(micro.out).parent), pytest.raises(ValueError, match="another process is training"):
+    with only_one(Path(micro.out).parent), pytest.raises(ValueError, match="another process is training"):
         train(replace(micro, out=str(Path(micro.out).parent)))
 
 

@@ -5,6 +5,7 @@ import torch
 
 import manyscale as ms
 from manyscale.config import Optim
+from manyscale.heads.pixels import MaskedImages
 from manyscale.tasks import Classify
 from manyscale.train.loop import _Training
 from manyscale.train.optim import groups, is_decayed, make_optimiser, set_rate
@@ -20,6 +21,19 @@ def test_not_decayed_is_what_the_official_code_names(name):
         official = p.ndim == 1 or n.endswith(".bias") or "attention.branch.bias." in n or "logit_scale" in n
         assert (n in free) == official, n
     assert any("logit_scale" in n for n in free) == (name == "swinv2_tiny")
+
+
+def test_the_official_simmim_mistake_is_off_and_has_a_name():
+    model = MaskedImages(ms.create_model("swinv2_tiny", **{**MICRO, "classes": 0, "mask_token": True}))
+    decayed = lambda **fields: {n for g in groups(model, Optim(**fields)) if g["weight_decay"] for n in names(model, g)}  # noqa: E731
+    extra = decayed(decay_position_bias=True) - decayed()
+    assert extra == {n for n, p in model.named_parameters() if p.ndim > 1 and (".bias.fc" in n or "logit_scale" in n)}
+    assert not any("mask_token" in n or n.endswith(("q_bias", "norm.weight")) for n in decayed(decay_position_bias=True))
+
+
+def names(model, group):
+    members = set(map(id, group["params"]))
+    return {n for n, p in model.named_parameters() if id(p) in members}
 
 
 def test_layers_count_from_the_pixels_to_the_head():

@@ -22,7 +22,7 @@ def test_kill_minus_nine_costs_nothing_but_time(tmp_path):
 def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, number, code):
     # a process group of its own: Ctrl-C reaches the loader's workers too
     process = subprocess.Popen(
-        [sys.executable, "-m", "manyscale.cli", "train", *RUN, "--out", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "manyscale", "train", *RUN, "--out", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         text=True, start_new_session=True,
     )  # fmt: skip
     while process.poll() is None and steps(tmp_path) < 2:

@@ -28,6 +28,18 @@ def test_rates_scale_with_the_batch_only_where_the_recipe_says_so():
     assert rate(replace(RUN, batch=512), 10, 100, 10) == 1.0
 
 
+def test_milestones_are_tenths_at_their_epochs_whatever_the_length():
+    run = replace(RUN, schedule=Schedule(epochs=10, warmup=1, milestones=(5, 9)))
+    assert [round(rate(run, step, 100, 10), 6) for step in (0, 5, 10, 49, 50, 89, 90, 99)] == [0.2, 0.6, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [round(rate(run, step, 40, 10), 6) for step in (19, 20, 35, 36)] == [1, 0.1, 0.1, 0.01]  # cut short by a budget
+    run = RECIPES["simmim_imagenet_swinv2_base"]()
+    epoch = 625  # of 1.28 million pictures
+    assert [rate(run, e * epoch, 800 * epoch, epoch) for e in (0, 10, 699, 700, 799)] == pytest.approx([2e-6, 4e-4, 4e-4, 4e-5, 4e-5])
+    for wrong in ((5, 3), (10,), (0,)):
+        with pytest.raises(ValueError, match="field `milestones`"):
+            Schedule(epochs=10, milestones=wrong)
+
+
 def test_a_run_cut_short_still_warms_up_and_cools_down():
     run = replace(RUN, schedule=Schedule(epochs=10, warmup=20))
     assert warmup_steps(run, 100, 10) == 20

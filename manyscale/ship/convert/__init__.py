@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from manyscale.config import SwinConfig, nearest
+from manyscale.heads.pixels import MaskedImages
 from manyscale.models.build import build
 from manyscale.models.swin import Swin
 from manyscale.presets import SWIN, model_config
-from manyscale.ship.convert import mmpretrain, official, timm, torchvision, transformers
+from manyscale.ship.convert import mmpretrain, official, simmim, timm, torchvision, transformers
 from manyscale.ship.convert.files import read
 from manyscale.ship.convert.layout import Layout, Row, buffers, expand, learnt_windows, to_ours, to_theirs, version
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, name: str, **fields: Any) -> Swin:
+def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, name: str, **fields: Any) -> Swin | MaskedImages:
     """A model of this package from weights of another: `convert("swinv2.pth", source="official", name="swinv2_tiny", window=16)`.
 
     Tensors are copied bit for bit and keep their dtype. Where a grid does not fill its windows, other packages attend
@@ -31,13 +32,15 @@ def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, na
     Args:
         weights: a state dict, or a .safetensors, .pth, .pt, .bin or .ckpt file of one; one inside "model" or
             "state_dict" is found. Pickles are read as plain data only.
-        source: official, timm, transformers, torchvision or mmpretrain.
+        source: official, timm, transformers, torchvision or mmpretrain; of a SimMIM file, official reads the encoder, and
+            simmim all of it: then the result is a `heads.pixels.MaskedImages`.
         name: a preset; its window, sizes and depths must be the file's.
         fields: of the configuration. `classes` follows from the file (0 where it has no head); 0 leaves its head out.
 
     Returns:
         The model, in evaluation mode, on the device of the weights. Not loaded: buffers that follow from the
-        configuration (`layout.BUFFERS`), and the decoder and mask token of SimMIM files (`official.SIMMIM_DROPPED`).
+        configuration (`layout.BUFFERS`), and, by source official, the decoder and mask token of SimMIM files
+        (`official.SIMMIM_DROPPED`).
 
     Raises:
         ValueError: a file that cannot be read or holds code; an unknown source, name or field; and, all in one message,
@@ -48,6 +51,9 @@ def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, na
     if not isinstance(state, Mapping):
         raise ValueError(f"convert takes a state dict or a file, not a {type(weights).__name__}; of a module, pass .state_dict()")
     state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), Mapping)), state)
+    if source == "simmim":
+        encoder = convert(state, "official", name, **{**fields, "classes": 0})
+        return simmim.put_together(encoder, state, where)
     config = model_config(name, **{"classes": 0, **fields})
     layout = _layout(source, config, state)
     head = state.get(layout.head + ".weight")
@@ -73,8 +79,10 @@ def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, na
     return model.eval()
 
 
-def export_weights(model: Swin, target: str) -> dict[str, Tensor]:
+def export_weights(model: Swin | MaskedImages, target: str) -> dict[str, Tensor]:
     """The inverse of `convert`: the model's weights as `target` names and keeps them, copies on the same device.
+
+    A mask token is written by target simmim alone, which takes a `MaskedImages`; the others take nets without a use for one.
 
     timm, transformers and torchvision load the result strictly (torchvision with the buffers its files hold); the
     official code and mmpretrain load it as their own loaders do, without the buffers that they rebuild.
@@ -83,17 +91,24 @@ def export_weights(model: Swin, target: str) -> dict[str, Tensor]:
         ValueError: an unknown target, or a model that it cannot hold: a mixture of V1 and V2, a video model, further
             norms; for torchvision also a window that does not fit every stage.
     """
-    layout = _layout(target, model.config, ())
-    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    if target == "simmim":
+        if not isinstance(model, MaskedImages):
+            raise ValueError("target simmim takes encoder and decoder: a MaskedImages, as `heads.pixels.load_masked` reads it from a run")
+        return {**_export(model.encoder, official.layout(model.config, ("encoder.",))), **simmim.take_apart(model)}
+    return _export(model, _layout(target, model.config, ()))
+
+
+def _export(model: Swin, layout: Layout) -> dict[str, Tensor]:
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items() if not key.startswith("mask_token.")}
     extra = buffers(layout, model.config) if layout.writes_buffers else {}
     return {**to_theirs(expand(layout, model.config, state), state), **extra}
 
 
 def _layout(source: str, config: SwinConfig, names: Any) -> Layout:
     if source not in SOURCES:
-        raise ValueError(f"unknown source `{source}`; {nearest(source, SOURCES)}")
+        raise ValueError(f"unknown source `{source}`; {nearest(source, (*SOURCES, 'simmim'))}")
     version(config)
-    return SOURCES[source](config, names)
+    return SOURCES[source](replace(config, mask_token=False), names)
 
 
 def _plan(layout: Layout, config: SwinConfig) -> tuple[Swin, list[Row], Shapes]:

@@ -1,0 +1,5 @@
+"""`python -m manyscale`: the command line."""
+
+from manyscale.cli import main
+
+main()

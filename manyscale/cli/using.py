@@ -1,0 +1,227 @@
+"""Verbs for trained models: eval, predict, transfer, convert."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tyro.conf import Positional
+
+from manyscale.cli.parsing import parse
+from manyscale.config import Preprocess, Size, Windows, to_dict
+from manyscale.storage import write, write_json
+
+Source = Literal["official", "timm", "transformers", "torchvision", "mmpretrain", "simmim"]
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Score a trained model on a split of its set, or of another."""
+
+    def run(
+        model: Positional[str],
+        data: str = "",
+        split: str = "val",
+        batch: int = 64,
+        workers: int = -1,
+        device: str = "auto",
+        json_lines: bool = False,
+    ) -> None:
+        """Top-1, top-5 and loss of a model.
+
+        Args:
+            model: a run's folder or a folder with a model.
+            data: a set by name or folder; empty: the one it was trained on.
+            split: val, test, train, or another split folder; all: a folder without splits, whole.
+            batch: pictures at a time.
+            workers: loader processes.
+            device: where to compute.
+            json_lines: print one line of JSON instead of words.
+        """
+        from manyscale.ship.evaluate import evaluate as measure
+
+        bad: list[str] = []
+        metrics = measure(
+            model,
+            lambda path, reason: bad.append(f"left out {path}: {reason}"),
+            data=data,
+            split=split,
+            batch=batch,
+            workers=workers,
+            device=device,
+        )
+        print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
+        if json_lines:
+            print(json.dumps({**metrics, "split": split, "bad_files": len(bad)}))
+        else:
+            shares = {"accuracy": "top-1 {:.2%}", "top5": "top-5 {:.2%}", "val_loss": "loss {:.4f}", "l1": "l1 {:.4f}"}
+            said = ", ".join(shares[name].format(value) for name, value in metrics.items() if name in shares)
+            print(f"{model} on {split}: {said}, {metrics['pictures']:,} pictures, {len(bad)} left out")
+
+    parse(run, "eval", arguments)
+
+
+def predict(arguments: list[str]) -> None:
+    """What a model says of files or folders: a table, JSON lines, a contact sheet."""
+
+    def run(
+        model: Positional[str],
+        files: Positional[tuple[str, ...]],
+        top: int = 5,
+        out: str = "",
+        device: str = "auto",
+        json_lines: bool = False,
+    ) -> None:
+        """Predict the classes of pictures; of a SimMIM run, paint in what is hidden of them.
+
+        Args:
+            model: a run's folder or a folder with a model.
+            files: pictures, or folders of them.
+            top: how many classes of each.
+            out: where `predictions.jsonl` and `sheet.png` go; empty: `predictions` in the model's folder.
+            device: where to compute.
+            json_lines: print JSON lines instead of a table.
+        """
+        from manyscale.heads.pixels import is_masked
+        from manyscale.models import load
+        from manyscale.ship.predict import find_pictures
+        from manyscale.ship.predict import predict as ask
+        from manyscale.tasks.classify import draw_sheet
+        from manyscale.train.state import pick_device
+
+        if not files:
+            raise ValueError("give at least one picture or folder")
+        if top < 1:
+            raise ValueError(f"field `top`: {top} must be at least 1")
+        if is_masked(model):
+            _paint(model, find_pictures(files), Path(out or f"{model}/predictions"), device, json_lines)
+            return
+        answers = list(ask(load(model).to(pick_device(device)), find_pictures(files), top=top))
+        good = [answer for answer in answers if not answer.error]
+        if json_lines:
+            print("\n".join(json.dumps(answer.as_json()) for answer in answers))
+        else:
+            _print_predictions(answers)
+        folder = Path(out) if out else (Path(model) if Path(model).is_dir() else Path(model).parent) / "predictions"
+        write(folder / "predictions.jsonl", "".join(json.dumps(answer.as_json()) + "\n" for answer in answers))
+        if not good:
+            raise ValueError(f"none of the {len(answers)} files could be read")
+        shown = good[:48]
+        pictures = [_thumbnail(answer.path) for answer in shown]
+        captions = [("\n".join(f"{label} {p:.0%}" for label, p in answer.top[:3]), None) for answer in shown]
+        write(folder / "sheet.png", lambda path: draw_sheet(pictures, captions, path, columns=6))
+        print(f"wrote {folder}/predictions.jsonl and sheet.png", file=sys.stderr)
+
+    parse(run, "predict", arguments)
+
+
+def _paint(model: str, files: list[str], folder: Path, device: str, json_lines: bool) -> None:
+    from manyscale.ship.paint import paint_files
+    from manyscale.tasks.simmim import draw_painted
+
+    answers = paint_files(model, files, device)
+    records = [answer.as_json() for answer in answers]
+    for record in records:
+        if json_lines:
+            print(json.dumps(record))
+        else:
+            print(f"{record['path']}: {record['error'] if 'error' in record else 'l1 {:.4f}'.format(record['l1'])}")
+    write(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    good = [answer for answer in answers if answer.painted]
+    if not good:
+        raise ValueError(f"none of the {len(answers)} files could be read")
+    shown = good[:16]
+    captions = [f"{Path(answer.path).name}\nl1 {answer.painted.errors[0]:.3f}" for answer in shown]
+    write(folder / "sheet.png", lambda path: draw_painted([answer.painted for answer in shown], path, captions))
+    print(f"wrote {folder}/predictions.jsonl and sheet.png", file=sys.stderr)
+
+
+def _thumbnail(path: str) -> Any:
+    from manyscale.data.images import read_image
+
+    picture = read_image(path, 64_000_000)
+    picture.thumbnail((256, 256))
+    return picture
+
+
+def _print_predictions(answers: list[Any]) -> None:
+    table = Table("file", "top", "probability", box=None, pad_edge=False)
+    for answer in answers:
+        if answer.error:
+            table.add_row(escape(answer.path), f"[red]{escape(answer.error)}[/red]", "")
+        for rank, (label, probability) in enumerate(answer.top):
+            table.add_row("" if rank else escape(answer.path), escape(label), f"{probability:.1%}")
+    Console(highlight=False).print(table)
+
+
+def transfer(arguments: list[str]) -> None:
+    """The same weights at another image size and window, nothing retrained."""
+
+    def run(model: Positional[str], image_size: Size, window: Windows | None = None, out: str = "") -> None:
+        """Lay a model out anew.
+
+        Args:
+            model: a run's folder or a folder with a model.
+            image_size: pixels: one number, or height and width.
+            window: tokens; left out: as it is.
+            out: the new folder; empty: beside the old one.
+        """
+        from manyscale.models import load, save
+        from manyscale.models import transfer as move
+        from manyscale.ship.evaluate import recipe_of
+
+        old, recipe = load(model), recipe_of(model)
+        new = move(old, image_size, window)
+        size = "x".join(map(str, new.config.size)) if len(set(new.config.size)) > 1 else str(new.config.size[0])
+        folder = Path(out or f"{str(model).rstrip('/')}_{size}")
+        save(new, folder)
+        if recipe:
+            write_json(folder / "recipe.json", to_dict(recipe))
+        print(f"windows {old.config.windows} -> {new.config.windows}")
+        print("\n".join(new.config.clipped), end="\n" if new.config.clipped else "")
+        print(f"wrote {folder}; score it with `manyscale eval {folder}`")
+
+    parse(run, "transfer", arguments)
+
+
+def convert(arguments: list[str]) -> None:
+    """A foreign checkpoint becomes a model of this package."""
+
+    def run(
+        file: Positional[str],
+        source: Source,
+        name: str,
+        out: str,
+        image_size: Size | None = None,
+        window: Windows | None = None,
+        pretrained_window: Windows | None = None,
+        classes: int | None = None,
+        crop_ratio: float = 0.875,
+    ) -> None:
+        """Read a Swin checkpoint of another project.
+
+        Args:
+            file: .safetensors, or .pth, .pt, .bin, .ckpt (read without running code).
+            source: whose layout it has; simmim: a SimMIM file with its mask token and decoder (official: its encoder alone).
+            name: the preset it is, such as swinv2_tiny.
+            out: the folder to write.
+            image_size: pixels it was trained at, where not the preset's.
+            window: likewise.
+            pretrained_window: the window its bias network learnt at, where it was fine-tuned at a larger one.
+            classes: where the file's head does not say.
+            crop_ratio: of the evaluation's centre crop; 0: squash.
+        """
+        from manyscale.heads.pixels import MaskedImages, save_masked
+        from manyscale.models import save
+        from manyscale.ship.convert import convert as read
+
+        fields = {"image_size": image_size, "window": window, "pretrained_window": pretrained_window, "classes": classes}
+        model = read(file, source=source, name=name, **{key: value for key, value in fields.items() if value is not None})
+        net = model.encoder if isinstance(model, MaskedImages) else model
+        net.preprocess = Preprocess(image_size=model.config.size, crop_ratio=crop_ratio)
+        (save_masked if isinstance(model, MaskedImages) else save)(model, out)
+        print(f"wrote {out}: {name}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    parse(run, "convert", arguments)

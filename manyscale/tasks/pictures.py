@@ -1,0 +1,72 @@
+"""What tasks on pictures share: the set, its order, and what a checkpoint must find unchanged."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import xxhash
+
+from manyscale.config import Run
+from manyscale.data.loader import Batch, eval_batches, steps_per_epoch, train_batches, worker_count
+from manyscale.data.sources import open_splits
+from manyscale.data.transforms import eval_transform, preprocess_for, train_transform
+from manyscale.models import Swin, transfer
+
+Report = Callable[[str, str], Any]  # what to call with the path and the reason of a file that could not be read
+
+
+class Pictures:
+    """The data side of a task on pictures. `run` is the run made whole.
+
+    Args:
+        labelled: whether the set must have a folder per class; else every picture below its folder is one.
+
+    Raises:
+        ValueError: data that cannot be used, named with the fix.
+    """
+
+    def __init__(self, run: Run, *, labelled: bool) -> None:
+        if run.model.axes != 2:
+            raise ValueError(f"field `image_size`: {run.model.image_size} makes a video model; this task takes pictures: height and width")
+        self.splits = open_splits(run.input, run.seed, labelled=labelled)
+        self.labels = self.splits.classes
+        self.run = replace(run, model=replace(run.model, classes=len(self.labels) if labelled else 0, mask_token=not labelled))
+        self.preprocess = preprocess_for(run.input, self.run.model.size, self.splits.train)
+        self.steps_per_epoch = steps_per_epoch(len(self.splits.train), run.batch)
+
+    def describe(self) -> str:
+        """The set in words."""
+        classes = f" in {len(self.labels)} classes" if self.labels else ""
+        return f"{len(self.splits.train):,} pictures{classes}, {len(self.splits.val):,} held out"
+
+    def train_batches(self, start: int, steps: int) -> Iterator[Batch]:
+        """The batches of steps `start` to `steps` - 1, a pure function of the seed."""
+        run, transform = self.run, train_transform(self.preprocess, self.run.augment)
+        return train_batches(
+            self.splits.train, transform, batch=run.batch, seed=run.seed, start_step=start, steps=steps,
+            workers=worker_count(run.input.workers), policy=run.input.bad_files, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """The held-out pictures, each once, in order."""
+        run, transform, workers = self.run, eval_transform(self.preprocess), worker_count(self.run.input.workers)
+        return eval_batches(self.splits.val, transform, batch=run.batch, workers=workers, policy=run.input.bad_files)
+
+    def fingerprint(self) -> str:
+        """A hash of the set's classes and of the names of its files, in order: what the order of samples depends on."""
+        state = xxhash.xxh3_128(os.fsencode("\n".join(self.labels)))
+        for source in (self.splits.train, self.splits.val):
+            for index in range(len(source)):
+                state.update(os.fsencode(source.name(index)))
+        return state.hexdigest()
+
+    def initial(self, old: Swin, *, classes: int | None, mask_token: bool) -> Swin:
+        """The net of the run's `init`, laid out for the run's image size, window and drop path.
+
+        A table that SimMIM learnt is resized geometrically, as its official fine-tuning does, any other bicubically.
+        """
+        model = self.run.model
+        table = "geometric" if old.config.mask_token and not mask_token else "bicubic"
+        return transfer(old, model.image_size, model.window, classes=classes, drop_path=model.drop_path, mask_token=mask_token, table=table)

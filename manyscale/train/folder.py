@@ -1,0 +1,62 @@
+"""Who may train in a run's folder: one process at a time, and only the run that began there."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from manyscale.config import Run, from_dict, to_dict
+from manyscale.storage import read_json
+
+# What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
+FREE = {"out", "device", "precision", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes",
+        "schedule.save_steps", "schedule.keep"}  # fmt: skip
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops with the process however it ends.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is training here; wait for it or give another --out") from None
+        yield
+
+
+def check_task(folder: Path, run: Run) -> None:
+    """See that a folder holds no run of another task, before any data are opened.
+
+    Raises:
+        ValueError: it does, or its recipe is not one.
+    """
+    file = folder / "recipe.json"
+    if file.exists():
+        there = from_dict(Run, read_json(file), str(file))
+        if there.task != run.task:
+            raise ValueError(f"{folder} holds a run of another task, {there.task}; give --out another folder")
+
+
+def check_recipe(folder: Path, run: Run) -> None:
+    """See that the run in a folder is this one.
+
+    Raises:
+        ValueError: it is another; the fields that differ are listed.
+    """
+    file = folder / "recipe.json"
+    old, new = (_flat(to_dict(one)) for one in (from_dict(Run, read_json(file), str(file)), run))
+    differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in new if name not in FREE and old[name] != new[name]]
+    if differ:
+        raise ValueError(f"{folder} holds another run; give --out another folder, or the same fields:\n  " + "\n  ".join(differ))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
