@@ -146,6 +146,31 @@ def test_a_simmim_run_paints_and_is_scored(tmp_path, capsys):
     assert scored["l1"] == pytest.approx(json.loads((run / "summary.json").read_text())["best"]["l1"], abs=1e-6)
 
 
+def test_compare_tells_runs_apart(tmp_path, capsys):
+    for name, seed in (("one", "0"), ("two", "1")):
+        main(["train", "digits", "--tiny", "--epochs", "1", "--batch", "359", "--seed", seed, "--out", str(tmp_path / name)])
+    capsys.readouterr()
+    main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "both.png")])
+    out = capsys.readouterr().out
+    for name in ("one", "two"):
+        assert f"{json.loads((tmp_path / name / 'summary.json').read_text())['best']['accuracy']:.4f}" in out
+    with Image.open(tmp_path / "both.png") as picture:
+        assert picture.width > 400
+    assert "give the folder of a run" in refused(capsys, "compare", tmp_path)
+    (tmp_path / "two" / "metrics.jsonl").write_text("")
+    assert "not evaluated yet" in refused(capsys, "compare", tmp_path / "two")
+
+
+def test_studies_are_named_alike_with_and_without_torch(capsys):
+    from manyscale.cli.learning import STUDIES as listed
+    from manyscale.studies import STUDIES as functions
+
+    assert list(listed) == list(functions)
+    assert "did you mean `norms`?" in refused(capsys, "study", "norm")
+    assert "3 or more" in refused(capsys, "study", "norms", "--seeds", "0")
+    assert "give a study" in refused(capsys, "study")
+
+
 def test_predict_with_nothing_to_read(saved, capsys):
     folder = pictures(saved / "pictures")
     assert "none of the 2 files could be read" in refused(capsys, "predict", saved, folder / "c.jpg", folder / "d.png")

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 import manyscale
-from manyscale.cli.learning import demo, train
+from manyscale.cli.learning import demo, study, train
 from manyscale.cli.parsing import leave
 from manyscale.cli.planning import doctor, models, plan
-from manyscale.cli.using import convert, evaluate, predict, transfer
+from manyscale.cli.using import compare, convert, evaluate, predict, transfer
 from manyscale.config import nearest
 from manyscale.recipes import RECIPES
 
@@ -57,6 +57,8 @@ def _overview() -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "train": train,
+    "study": study,
+    "compare": compare,
     "eval": evaluate,
     "predict": predict,
     "transfer": transfer,

@@ -1,6 +1,8 @@
-"""Verbs that train: demo, train."""
+"""Verbs that train: demo, train, study."""
 
 from pathlib import Path
+
+from tyro.conf import Positional
 
 from manyscale.cli.parsing import leave, parse
 from manyscale.config import Run, nearest
@@ -25,6 +27,53 @@ def demo(arguments: list[str]) -> None:
             leave(str(stopped), stopped.exit_code)
 
     parse(run, "demo", arguments)
+
+
+STUDIES = {
+    "position-bias": "three position biases at larger windows (Swin V2 Table 1)",
+    "norms": "norm placement and similarity (Tables 6 and 7)",
+    "amplitudes": "how loud each block is, before and after training (Figure 2)",
+    "stability": "growing learning rates on a deep, narrow net (Figure 3)",
+    "simmim": "from scratch against pre-trained, with few labels",
+    "bias-maps": "the learnt biases as pictures (Figures 4 and 5)",
+}
+
+
+def study(arguments: list[str]) -> None:
+    """A paper's claim in miniature: a grid of runs, a table, a picture."""
+
+    def run(name: Positional[str], data: str = "cifar10", seeds: int = 3, quick: bool = False, out: str = "") -> None:
+        """Run one study; the same command again goes on where it stopped.
+
+        Args:
+            name: position-bias, norms, amplitudes, stability, simmim or bias-maps.
+            data: a set by name or folder, such as cifar10, tiny-imagenet or digits.
+            seeds: every net is trained from so many.
+            quick: a first look, at most 15 minutes of two cores, instead of at most 3 hours.
+            out: its folder; empty: runs/studies/NAME, with -quick where that is asked for.
+        """
+        if name not in STUDIES:
+            raise ValueError(f"unknown study `{name}`; {nearest(name, STUDIES)}")
+        if seeds < 1:
+            raise ValueError(f"field `seeds`: {seeds} must be at least 1; 3 or more say something")
+        from manyscale.studies import STUDIES as functions
+        from manyscale.studies import Terms
+        from manyscale.train.loop import Stopped
+
+        folder = out or f"runs/studies/{name}{'-quick' if quick else ''}"
+        command = f"manyscale study {name} --data {data} --seeds {seeds}{' --quick' if quick else ''}"
+        try:
+            functions[name](Terms(Path(folder), data, seeds, quick, command=command))
+        except Stopped as stopped:
+            leave(str(stopped), stopped.exit_code)
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("manyscale study NAME [--data SET] [--seeds N] [--quick]\n\nStudies:")
+        print("\n".join(f"  {name:16} {what}" for name, what in STUDIES.items()))
+        if not arguments:
+            raise ValueError("give a study, such as `manyscale study position-bias --quick`")
+        return
+    parse(run, "study", arguments)
 
 
 def train(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Verbs for trained models: eval, predict, transfer, convert."""
+"""Verbs for trained models: compare, eval, predict, transfer, convert."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import Positional
 
 from manyscale.cli.parsing import parse
@@ -15,6 +15,43 @@ from manyscale.config import Preprocess, Size, Windows, to_dict
 from manyscale.storage import write, write_json
 
 Source = Literal["official", "timm", "transformers", "torchvision", "mmpretrain", "simmim"]
+
+
+def compare(arguments: list[str]) -> None:
+    """Runs side by side: a table, and their learning curves in one picture."""
+
+    def run(runs: Positional[tuple[str, ...]], out: str = "runs/compare.png") -> None:
+        """Compare runs, finished or not.
+
+        Args:
+            runs: their folders.
+            out: the picture.
+        """
+        from manyscale.ship.compare import draw, read_run
+
+        if not runs:
+            raise ValueError("give at least one run's folder")
+        learnt = [read_run(folder) for folder in runs]
+        table = Table(
+            Column("run", overflow="fold"),
+            "metric",
+            "best",
+            "at epoch",
+            "last",
+            "epochs",
+            Column("from", overflow="fold"),
+            box=None,
+            pad_edge=False,
+        )
+        for one in learnt:
+            best, last = one.best, one.evaluations[-1]
+            numbers = (f"{best[one.metric]:.4f}", f"{best['epoch']:.1f}", f"{last[one.metric]:.4f}", f"{last['epoch']:.1f}")
+            table.add_row(escape(one.folder), one.metric, *numbers, escape(one.recipe.init or "scratch"))
+        Console(highlight=False).print(table)
+        draw(learnt, Path(out))
+        print(f"wrote {out}")
+
+    parse(run, "compare", arguments)
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -152,6 +152,28 @@ class Cached:
         return self._source.path(index)
 
 
+class Part:
+    """The pictures of `source` at `indices`, as a `Source`."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> Image.Image:
+        return self._source.read(int(self._indices[index]))
+
+    def label(self, index: int) -> int:
+        return self._source.label(int(self._indices[index]))
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+    def path(self, index: int) -> str:
+        return self._source.path(int(self._indices[index]))
+
+
 def open_splits(settings: Input, seed: int, *, labelled: bool = True) -> Splits:
     """The set that `settings.data` names, in two parts: `digits`, or a folder of class folders (see `open_split`).
 
@@ -181,6 +203,16 @@ def open_split(settings: Input, split: str, seed: int, *, labelled: bool = True)
     Raises:
         ValueError: as `open_splits`.
     """
+    whole = _open_whole(settings, split, seed, labelled)
+    source = whole.source
+    if split == "train" and settings.share < 1:
+        labels = [source.label(index) if labelled else 0 for index in range(len(source))]
+        ranks = _ranks([source.name(index) for index in range(len(source))], seed)
+        source = Part(source, np.sort(np.concatenate(list(_lowest(ranks, labels, settings.share).values()))))
+    return whole._replace(source=Cached(source) if settings.cache and settings.data != DIGITS else source)
+
+
+def _open_whole(settings: Input, split: str, seed: int, labelled: bool) -> Split:
     if settings.data == DIGITS:
         _check_known(split, ("train", "val"), DIGITS)
         return Split(Digits(held_out=split == "val"), Digits.classes if labelled else ())
@@ -201,8 +233,7 @@ def open_split(settings: Input, split: str, seed: int, *, labelled: bool = True)
     if split != "all" and not evaluation:
         kept = np.flatnonzero(_held_out(names, labels, settings.holdout, seed, classes) == (split == "val"))
         names, labels = [names[index] for index in kept], [labels[index] for index in kept]
-    files = Files(root, names, labels, settings.max_pixels)
-    return Split(Cached(files) if settings.cache else files, classes, ignored)
+    return Split(Files(root, names, labels, settings.max_pixels), classes, ignored)
 
 
 def find_folder(data: str) -> str:
@@ -303,18 +334,30 @@ def _held_out(names: Sequence[str], labels: Sequence[int], fraction: float, seed
 
     A file that comes or goes later hardly moves the others.
     """
-    ranks = [hashlib.blake2b(os.fsencode(f"{seed} {name}")).digest() for name in names]
-    chosen, labels = np.zeros(len(names), dtype=bool), np.asarray(labels)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        if len(members) < 2:
+    chosen, counts = np.zeros(len(names), dtype=bool), np.bincount(labels)
+    for label, members in _lowest(_ranks(names, seed), labels, fraction).items():
+        if counts[label] < 2:
             raise ValueError(
                 f"class {classes[label]} has a single image, {names[members[0]]}, which cannot be split into train and val; "
                 f"add images, remove the class, or make a val folder beside train"
             )
-        count = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        chosen[sorted(members, key=ranks.__getitem__)[:count]] = True
+        chosen[members[: counts[label] - 1]] = True
     return chosen
+
+
+def _ranks(names: Sequence[str], seed: int) -> list[bytes]:
+    """A lot for every name: the same for the same name and seed, whatever the others are."""
+    return [hashlib.blake2b(os.fsencode(f"{seed} {name}")).digest() for name in names]
+
+
+def _lowest(ranks: Sequence[bytes], labels: Sequence[int], fraction: float) -> dict[int, np.ndarray]:
+    """Of every label, the places of the lowest-ranking fraction, at least one, lowest first."""
+    found, labels = {}, np.asarray(labels)
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(len(members) * fraction))
+        found[label] = np.array(sorted(members, key=ranks.__getitem__)[:count])
+    return found
 
 
 def _check_known(split: str, known: Iterable[str], where: str) -> None:

@@ -39,7 +39,7 @@ code, pre {{ font: 14px/1.5 ui-monospace, monospace; background: #eff1ee; border
 pre {{ padding: 12px 14px; overflow-x: auto; }}
 </style>
 <main>
-<h1>A Swin V2 that keeps its accuracy at a size it never saw</h1>
+<h1>A Swin V2 at a size and window it never saw</h1>
 <p class="lead">{verdict}</p>
 <p class="quiet">A net of {parameters:,} parameters, trained from scratch on scikit-learn's handwritten digits ({digits} for training,
 {pictures} held out): from {seeds} seeds with Swin V2's log-spaced continuous position bias, and from the same seeds with Swin V1's bias

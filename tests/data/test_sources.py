@@ -55,6 +55,29 @@ def test_folder_without_splits_is_held_out_by_class(tmp_path):
     assert all(classes[val.label(index)] == val.name(index).split("/")[0] for index in range(10))
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_share_is_of_every_class_and_the_smaller_lies_in_the_larger(tmp_path, cache):
+    root = make(tmp_path / "set", "train/cat", "train/dog", "val/cat", "val/dog", count=20)
+    whole, half, tenth = (open_splits(Input(data=root, share=share, cache=cache), 0) for share in (1.0, 0.5, 0.1))
+    assert [len(s.train) for s in (whole, half, tenth)] == [40, 20, 4] and {len(s.val) for s in (whole, half, tenth)} == {40}
+    for splits, each in ((half, 10), (tenth, 2)):
+        assert np.bincount([splits.train.label(index) for index in range(len(splits.train))]).tolist() == [each] * 2
+    assert set(ids(tenth.train)) < set(ids(half.train)) < set(ids(whole.train))
+    assert ids(half.train) == [name for name in ids(whole.train) if name in ids(half.train)]  # in the set's order
+    for index in range(4):
+        name = tenth.train.name(index)
+        assert tenth.train.path(index) == os.path.join(root, name)
+        with Image.open(os.path.join(root, name)) as picture:
+            assert tenth.train.read(index).tobytes() == picture.convert("RGB").tobytes()
+    assert ids(open_splits(Input(data=root, share=0.5), 1).train) != ids(half.train)
+    assert len(open_splits(Input(data=root, share=0.001), 0).train) == 2  # at least one of each
+    assert len(open_splits(Input(data=root, share=0.5), 0, labelled=False).train) == 20
+    assert len(open_splits(Input(share=0.1), 0).train) == 143  # rounded class by class
+    for wrong in (0.0, 1.5, -0.1):
+        with pytest.raises(ValueError, match="field `share`"):
+            Input(share=wrong)
+
+
 def test_hold_out_is_a_function_of_seed_and_names(tmp_path):
     first = make(tmp_path / "one", "cat", "dog", count=20)
     second = tmp_path / "elsewhere"

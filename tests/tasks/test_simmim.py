@@ -14,8 +14,9 @@ from manyscale.config import Augment, Input, Optim, Run, Schedule, SimMIM, SwinC
 from manyscale.heads.pixels import MaskedImages, Pixels, is_masked, load_masked, save_masked
 from manyscale.models import build
 from manyscale.tasks.simmim import Pretrain, draw_painted, local_norm, mask_unit, masked_l1, on_pixels, paint
-from manyscale.train.loop import train
+from manyscale.train.loop import Stopped, train
 from tests.conftest import loud
+from tests.train.test_loop import fingerprint, train_in_pieces
 
 TINY = SwinConfig(image_size=16, patch=2, window=4, width=8, depths=(2, 1), heads=(2, 4), mlp_ratio=1.0, classes=0, mask_token=True)
 
@@ -241,6 +242,31 @@ def test_a_run_learns_paints_and_hands_its_encoder_on(pretrain, micro):
     train(tuned)
     model = ms.load(tuned.out)
     assert model.mask_token is None and model.config.classes == 10
+
+
+def test_a_resumed_run_is_bit_exact(pretrain, tmp_path, monkeypatch):
+    """Masks too: they follow from the step's seed."""
+    train(pretrain)
+    pieces = replace(pretrain, out=str(tmp_path / "pieces"))
+    assert train_in_pieces(pieces, monkeypatch, 4) >= 2
+    assert fingerprint(pieces.out) == fingerprint(pretrain.out)
+    heads = [(Path(run.out) / "best" / "pixels.safetensors").read_bytes() for run in (pretrain, pieces)]
+    assert heads[0] == heads[1]
+
+
+def test_a_loss_that_is_not_finite_names_its_module(pretrain, monkeypatch):
+    real = Pretrain.model
+
+    def poisoned(self):
+        model = real(self)
+        torch.nn.init.constant_(model.encoder.stages[0].blocks[1].mlp.branch.fc2.weight, float("inf"))
+        torch.nn.init.ones_(model.encoder.stages[0].blocks[1].mlp.norm_out.weight)
+        return model
+
+    monkeypatch.setattr(Pretrain, "model", poisoned)
+    with pytest.raises(Stopped, match=r"the loss is not finite, first in module encoder\.stages\.0\.blocks\.1\.mlp") as stopped:
+        train(pretrain)
+    assert stopped.value.diverged
 
 
 def test_an_init_brings_every_weight_but_the_head(pretrain, micro):

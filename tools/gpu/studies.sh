@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Block 4 of the GPU checks: the studies in full, three seeds, on CIFAR-10 under $MANYSCALE_DATA. Name some to run only those.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python -m pip install --quiet --no-deps -e . && python -m pip install --quiet tyro rich xxhash safetensors scikit-learn scipy matplotlib
+out=${OUT:-docs/results/gpu}/studies
+[ $# -gt 0 ] || set -- position-bias norms amplitudes simmim
+for study in "$@"; do
+  manyscale study "$study" --seeds 3 --out "runs/studies/$study"
+  mkdir -p "$out/$study"
+  cp runs/studies/"$study"/{table.md,table.json,picture.png} "$out/$study"
+done
