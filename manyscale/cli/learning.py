@@ -72,7 +72,7 @@ def study(arguments: list[str]) -> None:
         print("\n".join(f"  {name:16} {what}" for name, what in STUDIES.items()))
         if not arguments:
             raise ValueError("give a study, such as `manyscale study position-bias --quick`")
-        return
+        print()
     parse(run, "study", arguments)
 
 

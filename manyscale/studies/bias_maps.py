@@ -29,7 +29,7 @@ def study(terms: Terms) -> dict:
 
     outcomes = run_grid([run(bias, seed) for seed in range(terms.seeds) for bias in BIASES], terms.console)
     nets = {bias: [load(o.run.out) for o in outcomes if o.run.model.bias == bias and o.summary] for bias in BIASES}
-    places = list(product(*(range(n) for n in (2, 2))))  # stage and block
+    places = [(stage, block) for stage, depth in enumerate(base.model.depths) for block in range(depth)]
     rough = {bias: {place: [roughness(bias_map(net, *place)) for net in members] for place in places} for bias, members in nets.items()}
     mean = {bias: [sum(each) / len(places) for each in zip(*rough[bias].values(), strict=True)] for bias in BIASES}
     rows = [

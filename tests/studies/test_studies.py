@@ -42,6 +42,8 @@ def quickly(monkeypatch, tmp_path):
         model = replace(run.model, width=8, heads=(1, 2), depths=(1, 2), mlp_ratio=1.0)
         return replace(run, model=model, batch=200, schedule=Schedule(epochs=2, warmup=0, evaluate_every=2))
 
+    monkeypatch.setattr("manyscale.tasks.classify.Classify.draw", lambda self, model, path: path.touch())  # a second each
+    monkeypatch.setattr("manyscale.train.log.Log.curves", lambda self: None)
     for module in ("amplitudes", "bias_maps", "norms", "position_bias", "simmim", "stability"):
         monkeypatch.setattr(f"manyscale.studies.{module}.run_grid", here)
         monkeypatch.setattr(f"manyscale.studies.{module}.small", tiny)
