@@ -1,10 +1,11 @@
 """Who may train in a run's folder: one process at a time, and only the run that began there."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from manyscale.config import Run, from_dict, to_dict
 from manyscale.storage import read_json
@@ -12,6 +13,11 @@ from manyscale.storage import read_json
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
 FREE = {"out", "device", "precision", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes",
         "schedule.save_steps", "schedule.keep"}  # fmt: skip
+
+
+_held: set[IO[str]] = set()
+# A forked loader worker inherits the lock, and outlives a killed parent by seconds: it lets go at birth.
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _held])
 
 
 @contextmanager
@@ -26,7 +32,11 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is training here; wait for it or give another --out") from None
-        yield
+        _held.add(lock)
+        try:
+            yield
+        finally:
+            _held.discard(lock)
 
 
 def check_task(folder: Path, run: Run) -> None:

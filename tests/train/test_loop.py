@@ -1,7 +1,9 @@
 import hashlib
 import itertools
 import json
+import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +143,24 @@ def test_another_recipe_or_task_in_the_same_folder_is_refused_and_named(micro):
     recipe.write_text(recipe.read_text().replace('"task": "simmim"', '"task": "paint"'))
     with pytest.raises(ValueError, match=r"recipe\.json: field `task`: expected classify or simmim, found 'paint'"):
         train(shorter(micro, epochs=1))
+
+
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
+    """Else a killed run could not be started again until its loader workers had noticed."""
+    ear, mouth = os.pipe()
+    with only_one(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.write(mouth, b"born")
+            time.sleep(30)
+            os._exit(0)
+        assert os.read(ear, 4) == b"born"
+    try:
+        with only_one(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_one_process_trains_in_a_folder(micro):
