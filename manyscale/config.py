@@ -170,6 +170,7 @@ class Input:
     bad_files: Literal["skip", "stop"] = "skip"  # a picture that cannot be read: leave it out and report it, or end the run
     max_pixels: int = 64_000_000  # larger pictures count as bad before they are decoded (decompression bombs)
     cache: bool = False  # keep decoded pictures in memory: for small sets of small pictures
+    resident: bool = False  # keep the training pictures on the device, crop and flip them there by the batch; all of one size
     workers: int = -1  # loader processes; 0: load in the training process; -1: one less than the cores, at most 8
 
     def __post_init__(self) -> None:
@@ -293,6 +294,7 @@ class Run:
     accumulate: int = 1  # backward passes per step; each takes batch / accumulate images
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes in it
     device: str = "auto"
+    compile: bool = False  # torch.compile the training step's net: a minute or two at the start, faster steps after it
     seed: int = 0
     init: str = ""  # a folder or .safetensors of this package to start from: its net, at this run's image_size, window and drop_path
     out: str = ""  # the run's folder; empty: runs/<recipe>

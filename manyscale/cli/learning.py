@@ -42,7 +42,9 @@ STUDIES = {
 def study(arguments: list[str]) -> None:
     """A paper's claim in miniature: a grid of runs, a table, a picture."""
 
-    def run(name: Positional[str], data: str = "cifar10", seeds: int = 3, quick: bool = False, out: str = "") -> None:
+    def run(
+        name: Positional[str], data: str = "cifar10", seeds: int = 3, quick: bool = False, compile: bool = False, out: str = ""
+    ) -> None:
         """Run one study; the same command again goes on where it stopped.
 
         Args:
@@ -50,25 +52,25 @@ def study(arguments: list[str]) -> None:
             data: a set by name or folder, such as cifar10, tiny-imagenet or digits.
             seeds: every net is trained from so many.
             quick: a first look, at most 15 minutes of two cores, instead of at most 3 hours.
-            out: its folder; empty: runs/studies/NAME, with -quick where that is asked for.
+            compile: torch.compile every net: needs a C++ compiler or a GPU; pays where runs last more than a minute.
+            out: its folder; empty: runs/studies/NAME-DATA, with -quick where that is asked for.
         """
         if name not in STUDIES:
             raise ValueError(f"unknown study `{name}`; {nearest(name, STUDIES)}")
         if seeds < 1:
             raise ValueError(f"field `seeds`: {seeds} must be at least 1; 3 or more say something")
-        from manyscale.studies import STUDIES as functions
-        from manyscale.studies import Terms
+        from manyscale.studies import Terms, run_study
         from manyscale.train.loop import Stopped
 
-        folder = out or f"runs/studies/{name}{'-quick' if quick else ''}"
-        command = f"manyscale study {name} --data {data} --seeds {seeds}{' --quick' if quick else ''}"
+        folder = out or f"runs/studies/{name}-{Path(data).name}{'-quick' if quick else ''}"
+        command = f"manyscale study {name} --data {data} --seeds {seeds}{' --quick' if quick else ''}{' --compile' if compile else ''}"
         try:
-            functions[name](Terms(Path(folder), data, seeds, quick, command=command))
+            run_study(name, Terms(Path(folder), data, seeds, quick, compile, command=command))
         except Stopped as stopped:
             leave(str(stopped), stopped.exit_code)
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("manyscale study NAME [--data SET] [--seeds N] [--quick]\n\nStudies:")
+        print("manyscale study NAME [--data SET] [--seeds N] [--quick] [--compile]\n\nStudies:")
         print("\n".join(f"  {name:16} {what}" for name, what in STUDIES.items()))
         if not arguments:
             raise ValueError("give a study, such as `manyscale study position-bias --quick`")

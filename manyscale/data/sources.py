@@ -198,24 +198,28 @@ def open_split(settings: Input, split: str, seed: int, *, labelled: bool = True)
     as what training evaluates on. Where there is none, `val` is the fraction `settings.holdout` of every class, chosen
     by seed and file names alone, and `train` the rest; `all` is both, for evaluating on a whole folder.
 
-    Not labelled, every picture below the folder counts, wherever it lies; there are no classes and every label is 0.
+    Not labelled, every picture below the folder counts, wherever it lies; there are no classes and every label is 0. Where
+    there are class folders the same pictures are held out and shared as labelled: what learns from them later was not
+    pre-trained on its held-out pictures, but for classes too small to give the fraction one.
 
     Raises:
         ValueError: as `open_splits`.
     """
-    whole = _open_whole(settings, split, seed, labelled)
+    whole, groups = _open_whole(settings, split, seed, labelled)
     source = whole.source
     if split == "train" and settings.share < 1:
-        labels = [source.label(index) if labelled else 0 for index in range(len(source))]
         ranks = _ranks([source.name(index) for index in range(len(source))], seed)
-        source = Part(source, np.sort(np.concatenate(list(_lowest(ranks, labels, settings.share).values()))))
+        groups = groups if labelled else _pooled(groups, settings.share)
+        source = Part(source, np.sort(np.concatenate(list(_lowest(ranks, groups, settings.share).values()))))
     return whole._replace(source=Cached(source) if settings.cache and settings.data != DIGITS else source)
 
 
-def _open_whole(settings: Input, split: str, seed: int, labelled: bool) -> Split:
+def _open_whole(settings: Input, split: str, seed: int, labelled: bool) -> tuple[Split, list[int]]:
+    """A split before a share of it is taken, and of every picture the class, or the folder that stands for one."""
     if settings.data == DIGITS:
         _check_known(split, ("train", "val"), DIGITS)
-        return Split(Digits(held_out=split == "val"), Digits.classes if labelled else ())
+        digits = Digits(held_out=split == "val")
+        return Split(digits, Digits.classes if labelled else ()), [digits.label(index) for index in range(len(digits))]
     root = find_folder(settings.data)
     folders = _split_folders(root)
     evaluation = next((folders[name] for name in _EVALUATION if name in folders), None)
@@ -226,14 +230,14 @@ def _open_whole(settings: Input, split: str, seed: int, labelled: bool) -> Split
     _check_known(split, known, root)
     if labelled:
         classes = _class_names(folders.get("train", known[split]))
-        names, labels, ignored = _pictures(root, known[split], classes)
+        names, groups, ignored = _pictures(root, known[split], classes)
     else:
         classes = ()
-        names, labels, ignored = _loose_pictures(root, known[split])
+        names, groups, ignored = _loose_pictures(root, known[split])
     if split != "all" and not evaluation:
-        kept = np.flatnonzero(_held_out(names, labels, settings.holdout, seed, classes) == (split == "val"))
-        names, labels = [names[index] for index in kept], [labels[index] for index in kept]
-    return Split(Files(root, names, labels, settings.max_pixels), classes, ignored)
+        kept = np.flatnonzero(_held_out(names, groups, settings.holdout, seed, classes) == (split == "val"))
+        names, groups = [names[index] for index in kept], [groups[index] for index in kept]
+    return Split(Files(root, names, groups if labelled else [0] * len(names), settings.max_pixels), classes, ignored), groups
 
 
 def find_folder(data: str) -> str:
@@ -295,13 +299,16 @@ def _pictures(root: str, folder: str, classes: tuple[str, ...]) -> tuple[list[st
 
 
 def _loose_pictures(root: str, folder: str) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """As `_pictures`, for every picture at any depth below `folder`, all with label 0."""
+    """As `_pictures`, for every picture at any depth below `folder`; for labels, numbers of the folders in it that they lie in."""
     files = list(_walk(folder))
-    names = [os.path.relpath(path, root) for path in files if _is_picture(path)]
+    paths = [path for path in files if _is_picture(path)]
+    names = [os.path.relpath(path, root) for path in paths]
+    first = [part if rest else "" for part, _, rest in (os.path.relpath(path, folder).partition(os.sep) for path in paths)]
+    number = {name: place for place, name in enumerate(dict.fromkeys(first))}
     if len(names) < 2:
         held = f"a single image, {names[0]}" if names else "no images at all"
         raise ValueError(f"{folder} holds {held} (names that end in {', '.join(EXTENSIONS)}); pre-training needs many, in any sub-folders")
-    return names, [0] * len(names), tuple(path for path in files if not _is_picture(path))
+    return names, [number[name] for name in first], tuple(path for path in files if not _is_picture(path))
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
@@ -334,9 +341,10 @@ def _held_out(names: Sequence[str], labels: Sequence[int], fraction: float, seed
 
     A file that comes or goes later hardly moves the others.
     """
+    labels = labels if classes else _pooled(labels, fraction)
     chosen, counts = np.zeros(len(names), dtype=bool), np.bincount(labels)
     for label, members in _lowest(_ranks(names, seed), labels, fraction).items():
-        if counts[label] < 2:
+        if counts[label] < 2 and classes:
             raise ValueError(
                 f"class {classes[label]} has a single image, {names[members[0]]}, which cannot be split into train and val; "
                 f"add images, remove the class, or make a val folder beside train"
@@ -358,6 +366,12 @@ def _lowest(ranks: Sequence[bytes], labels: Sequence[int], fraction: float) -> d
         count = max(1, round(len(members) * fraction))
         found[label] = np.array(sorted(members, key=ranks.__getitem__)[:count])
     return found
+
+
+def _pooled(groups: Sequence[int], fraction: float) -> list[int]:
+    """Folders too small to give the fraction one, all as one group: they are no classes, and may be very many."""
+    counts = np.bincount(groups)
+    return [group if round(counts[group] * fraction) else len(counts) for group in groups]
 
 
 def _check_known(split: str, known: Iterable[str], where: str) -> None:

@@ -26,7 +26,7 @@ def block_mask(
         raise ValueError(f"blocks of {unit} tokens do not divide the grid of {grid}")
     blocks = [g // u for g, u in zip(grid, unit, strict=True)]
     count = math.prod(blocks)
-    hidden = math.ceil(round(ratio * count, 9))  # rounded: 0.6 x 25 is 15, not 15.000000000000002
+    hidden = math.ceil(round(ratio * count, 9))  # rounded: 0.07 x 100 is 7, not 7.000000000000001
     order = torch.rand(batch, count, generator=generator).argsort(dim=1)
     mask = torch.zeros(batch, count, dtype=torch.bool).scatter_(1, order[:, :hidden], True).unflatten(1, blocks)
     for axis, u in enumerate(unit, 1):

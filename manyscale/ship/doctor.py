@@ -52,7 +52,7 @@ def examine() -> Iterator[tuple[str, str, bool]]:
     run = RECIPES["digits"]()
     task = TASKS[run.task](run)
     start, count = time.perf_counter(), 0
-    for batch in task.train_batches(0, 10):
+    for batch in task.train_batches(0, 10, torch.device("cpu")):
         count += len(batch.labels)
     rate = count / (time.perf_counter() - start)
     yield "loader", f"{rate:,.0f} pictures/s (cached digits, augmented, in one process; files on disk are slower)", True

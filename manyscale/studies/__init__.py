@@ -1,12 +1,11 @@
 """A paper's claim in miniature: a grid of ordinary runs, a table, a picture. Nothing else imports this floor."""
 
-from collections.abc import Callable
 from typing import Any
 
 from manyscale.studies import amplitudes, bias_maps, norms, position_bias, simmim, stability
-from manyscale.studies.study import Terms
+from manyscale.studies.study import Terms, begin
 
-STUDIES: dict[str, Callable[[Terms], dict[str, Any]]] = {
+STUDIES = {
     "position-bias": position_bias.study,
     "norms": norms.study,
     "amplitudes": amplitudes.study,
@@ -14,3 +13,13 @@ STUDIES: dict[str, Callable[[Terms], dict[str, Any]]] = {
     "simmim": simmim.study,
     "bias-maps": bias_maps.study,
 }
+
+
+def run_study(name: str, terms: Terms) -> dict[str, Any]:
+    """Run one of `STUDIES`, or go on with it; returns what `table.json` holds.
+
+    Raises:
+        ValueError, Stopped: as `grid.run_grid`.
+    """
+    begin(terms)
+    return STUDIES[name](terms)

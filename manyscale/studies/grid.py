@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from manyscale.config import Run, to_dict
 from manyscale.storage import read_json, write_json
+from manyscale.train.folder import check_same
 from manyscale.train.loop import Stopped, train
 
 PLAIN_SECONDS = 20.0  # between progress lines where the output is not a terminal
@@ -44,12 +45,13 @@ def run_grid(runs: Sequence[Run], console: Console, *, jobs: int = 0) -> list[Ou
             small keep the host busier than the device. They share the cores evenly.
 
     Raises:
-        ValueError: a run that cannot be started, by its folder and reason.
+        ValueError: a run that cannot be started, by its folder and reason; a folder that holds another run, before any starts.
         Stopped: a run was stopped by a signal; it was saved, and so were the others.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (min(max(cores // 2, 1), 4) if torch.accelerator.is_available() else min(cores, 8))
-    waiting = [run for run in runs if not _outcome(run)]
+    ended = {run.folder: outcome for run in runs if (outcome := _outcome(run))}
+    waiting = [run for run in runs if run.folder not in ended]
     if len(waiting) < len(runs):
         console.print(f"  {len(runs) - len(waiting)} of {len(runs)} runs were finished before")
     jobs = max(1, min(jobs, len(waiting)))
@@ -64,16 +66,24 @@ def run_grid(runs: Sequence[Run], console: Console, *, jobs: int = 0) -> list[Ou
                 board.show(worker.run)
                 if not worker.process.is_alive():
                     active.remove(worker)
-                    board.end(worker.finish())
-    return [outcome for run in runs if (outcome := _outcome(run))]
+                    ended[worker.run.folder] = worker.finish()
+                    board.end(ended[worker.run.folder])
+    return [ended[run.folder] for run in runs]
 
 
 def _outcome(run: Run) -> Outcome | None:
-    """What became of a run in an earlier sitting, if it ended and was asked for in the same words."""
+    """What became of a run in an earlier sitting, if it ended.
+
+    Raises:
+        ValueError: the folder holds another run, or one that no grid asked for.
+    """
     folder = Path(run.folder)
     asked = folder / "asked.json"
-    if not asked.exists() or read_json(asked) != to_dict(run):
+    if not asked.exists():
+        if (folder / "recipe.json").exists():
+            raise ValueError(f"{folder} holds another run, not of a study; give --out another folder")
         return None
+    check_same(asked, run)
     if (folder / "diverged.json").exists():
         return Outcome(run, None, read_json(folder / "diverged.json")["reason"])
     if (folder / "summary.json").exists():
@@ -114,8 +124,10 @@ def _work(run: Run, threads: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (folder / "log.txt").open("a", buffering=1)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        write_json(folder / "asked.json", to_dict(run))
+        if not (folder / "asked.json").exists():
+            write_json(folder / "asked.json", to_dict(run))
         train(run)
     except Stopped as stopped:
         print(stopped)
@@ -125,6 +137,12 @@ def _work(run: Run, threads: int) -> None:
     except (ValueError, OSError) as error:
         print(" ".join(str(error).splitlines()))
         raise SystemExit(2) from None
+
+
+def _end_with_parent() -> None:
+    """Save and leave when the grid's process is gone, however it went: its next call wants the folder."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -1,16 +1,18 @@
-"""Tables 6 and 7 of Swin V2 in miniature: where the norm stands, and which similarity; accuracy and divergence."""
+"""Tables 6 and 7 of Swin V2 in miniature: where the norm stands, and which similarity; accuracy and what breaks."""
 
 from dataclasses import replace
+from statistics import fmean
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from manyscale.config import Run
+from manyscale.studies.fate import FATES, fate, fate_cell, guessed_accuracy
 from manyscale.studies.grid import run_grid
-from manyscale.studies.study import COLOURS, Section, Terms, cell, compare, conclude, describe, plain, small
+from manyscale.studies.study import COLOURS, Section, Terms, Values, compare, conclude, describe, plain, small
 
-NORMS = ("pre", "sandwich", "post", "res-post")
 SIMILARITIES = ("dot", "cosine")
-PAPER = """Top-1 % on ImageNet-1k. Table 7 (with dot-product attention but in the last column, which is res-post-norm and cosine):
+PAPER = """Top-1 % on ImageNet-1k. Table 7 (the last column is res-post-norm and cosine):
 
 | | pre | sandwich | post | ours |
 |---|---|---|---|---|
@@ -21,78 +23,94 @@ Table 6: none / + res-post-norm / + cosine: T 81.5 / 81.6 / 81.7, S 83.2 / 83.3 
 default learning rate and was run at a quarter of it."""
 
 
+class Placement(NamedTuple):
+    """A row of the table."""
+
+    norm: str
+    rate: float = 1.0  # of the learning rate
+    zero_init: bool = True
+
+    def __str__(self) -> str:
+        extra = {0.25: ", a quarter of the rate"}.get(self.rate, "") + ("" if self.zero_init else ", started at one")
+        return self.norm + extra
+
+
+PLACEMENTS = (
+    Placement("pre"),
+    Placement("sandwich"),
+    Placement("post", rate=0.25),
+    Placement("post"),
+    Placement("res-post"),
+    Placement("res-post", zero_init=False),
+)
+OURS = Placement("res-post"), "cosine"
+
+
 def study(terms: Terms) -> dict:
     """Every norm placement with either similarity, on a deeper net; post-norm at a quarter of the rate, and at the whole."""
     base = small(terms, pictures=3_000, shown=9_000) if terms.quick else small(terms, pictures=10_000, shown=60_000)
     base = replace(base, model=replace(base.model, depths=(2, 4) if terms.quick else (2, 10)))
-    cases = {(norm, similarity): 0.25 if norm == "post" else 1.0 for norm in NORMS for similarity in SIMILARITIES}
-    runs = {
-        (norm, similarity, factor): [_run(terms, base, norm, similarity, factor, seed) for seed in range(terms.seeds)]
-        for (norm, similarity), share in cases.items()
-        for factor in dict.fromkeys((share, 1.0))
+    cases = [(placement, similarity) for placement in PLACEMENTS for similarity in SIMILARITIES]
+    outcomes = iter(run_grid([run(terms, base, *case, seed) for case in cases for seed in range(terms.seeds)], terms.console))
+    ended = {case: [next(outcomes) for _ in range(terms.seeds)] for case in cases}
+    guess = guessed_accuracy(base)
+    fates = {case: [fate(outcome, guess) for outcome in members] for case, members in ended.items()}
+    values: dict[tuple[Placement, str], Values] = {
+        case: [o.summary["last"]["accuracy"] if o.summary and f == "learns" else None for o, f in zip(members, fates[case], strict=True)]
+        for case, members in ended.items()
     }
-    outcomes = iter(run_grid([run for members in runs.values() for run in members], terms.console))
-    ended = {case: [next(outcomes) for _ in members] for case, members in runs.items()}
-    values = {case: [o.summary["last"]["accuracy"] for o in members if o.summary] for case, members in ended.items()}
-    diverged = {case: sum(not o.summary for o in members) for case, members in ended.items()}
 
-    rows = []
-    for norm in NORMS:
-        for factor in (1.0, 0.25) if norm == "post" else (1.0,):
-            cells = (_shown(values[norm, s, factor], diverged[norm, s, factor], terms.seeds) for s in SIMILARITIES)
-            rows.append((norm + (" at a quarter of the rate" if factor < 1 else ""), *cells))
-    findings = []
-    whole = {case: found for case, found in values.items() if len(found) == terms.seeds}
-    ours = whole.get(("res-post", "cosine", 1.0))
-    if ours:
-        for name, case in {
-            "V1's pre-norm and dot product": ("pre", "dot", 1.0),
-            "res-post-norm with dot product": ("res-post", "dot", 1.0),
-            "sandwich norm with dot product": ("sandwich", "dot", 1.0),
-            "post-norm at a quarter of the rate with dot product": ("post", "dot", 0.25),
-        }.items():
-            if case in whole:
-                findings.append(compare(f"res-post-norm and cosine over {name}", ours, whole[case]))
-    fallen = [f"{norm} with {similarity} ({n} of {terms.seeds})" for (norm, similarity, factor), n in diverged.items() if n]
-    findings.append(f"diverged: {', '.join(fallen) or 'none, post-norm at the whole rate included'}")
+    rows = [(str(placement), *(fate_cell(values[placement, s], fates[placement, s]) for s in SIMILARITIES)) for placement in PLACEMENTS]
+    findings = [
+        compare(f"res-post norm with cosine over {placement} with {s}", values[OURS], values[placement, s], claim=1)
+        for placement, s in [
+            (Placement("pre"), "dot"),
+            (Placement("res-post"), "dot"),
+            (Placement("sandwich"), "dot"),
+            (Placement("post", rate=0.25), "dot"),
+        ]
+    ]
+    fallen = {case: [each for each in found if each != "learns"] for case, found in fates.items()}
+    bad = [f"{placement} with {s}: {', '.join(found)}" for (placement, s), found in fallen.items() if found]
+    findings.append("runs that did not learn: " + ("; ".join(bad) or "none, post-norm at the whole rate included"))
     return conclude(
         terms,
         "Norm placement and similarity: Tables 6 and 7 of Swin V2 in miniature",
         sections=[Section("Top-1 %", ("norm", "dot product", "cosine"), rows)],
         findings=findings,
         paper=PAPER,
-        method=f"{describe(base)} The norms that close a residual branch start at zero, as the official code has it. {terms.seeds} seeds; "
-        "mean ± standard deviation [95 % confidence interval of the mean].",
-        values={" ".join(map(str, case)): {"accuracy": values[case], "diverged": diverged[case]} for case in runs},
+        method=f"{describe(base)} The norms that close a residual branch (sandwich, res-post) start at zero, as in the official code; the "
+        "paper does not say so, and `started at one` is without it. Pre-norm here has V2's bias and patch merging: it is not V1. "
+        f"{FATES}",
+        values={f"{placement}, {s}": {"accuracy": values[placement, s], "fates": fates[placement, s]} for placement, s in cases},
         picture=_draw(values),
     )
 
 
-def _run(terms: Terms, base: Run, norm: str, similarity: str, factor: float, seed: int) -> Run:
-    name = f"{norm}-{similarity}" + (f"-rate{factor:g}" if norm == "post" else "")
+def run(terms: Terms, base: Run, placement: Placement, similarity: str, seed: int) -> Run:
+    """One run of the grid."""
+    name = f"{placement.norm}-{similarity}" + (f"-rate{placement.rate:g}" if placement.norm == "post" else "")
+    name += "" if placement.zero_init else "-from-one"
     return replace(
         base,
         recipe=f"{name} seed {seed}",
-        model=replace(base.model, norm=norm, similarity=similarity),
-        optim=replace(base.optim, lr=base.optim.lr * factor),
+        model=replace(base.model, norm=placement.norm, similarity=similarity, zero_init=placement.zero_init),
+        optim=replace(base.optim, lr=base.optim.lr * placement.rate, min_lr=base.optim.min_lr * placement.rate),
         seed=seed,
         out=str(terms.out / f"{name}-{seed}"),
     )
 
 
-def _shown(values: list[float], diverged: int, seeds: int) -> str:
-    fallen = f"{diverged} of {seeds} diverged" if diverged else ""
-    return ", ".join(filter(None, (cell(values), fallen)))
-
-
-def _draw(values: dict[tuple[str, str, float], list[float]]) -> Figure:
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+def _draw(values: dict[tuple[Placement, str], Values]) -> Figure:
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     axes = plain(figure.subplots(), ylabel="top-1, %")
-    names = {case: case[0] + ("\nquarter rate" if case[2] < 1 else "\nwhole rate" if case[0] == "post" else "") for case in values}
-    places = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
-    for shift, similarity, colour in ((-0.12, "dot", COLOURS[1]), (0.12, "cosine", COLOURS[0])):
-        points = [(places[names[case]] + shift, 100 * value) for case, found in values.items() if case[1] == similarity for value in found]
-        axes.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, alpha=0.75, label=similarity)
-    axes.set_xticks(list(places.values()), list(places))
+    for shift, similarity, colour in ((-0.1, "dot", COLOURS[1]), (0.1, "cosine", COLOURS[0])):
+        for place, placement in enumerate(PLACEMENTS):
+            found = [100 * value for value in values[placement, similarity] if value is not None]
+            label = None if place else similarity
+            axes.plot([place + shift] * len(found), found, "o", color=colour, alpha=0.6, ms=5, label=label)
+            if found:
+                axes.hlines(fmean(found), place + shift - 0.08, place + shift + 0.08, color=colour, lw=2)
+    axes.set_xticks(range(len(PLACEMENTS)), [str(placement).replace(", ", "\n") for placement in PLACEMENTS])
     axes.legend(frameon=False)
     return figure

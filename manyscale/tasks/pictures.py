@@ -10,6 +10,7 @@ import xxhash
 
 from manyscale.config import Run
 from manyscale.data.loader import Batch, eval_batches, steps_per_epoch, train_batches, worker_count
+from manyscale.data.resident import resident_batches
 from manyscale.data.sources import open_splits
 from manyscale.data.transforms import eval_transform, preprocess_for, train_transform
 from manyscale.models import Swin, transfer
@@ -41,13 +42,14 @@ class Pictures:
         classes = f" in {len(self.labels)} classes" if self.labels else ""
         return f"{len(self.splits.train):,} pictures{classes}, {len(self.splits.val):,} held out"
 
-    def train_batches(self, start: int, steps: int) -> Iterator[Batch]:
-        """The batches of steps `start` to `steps` - 1, a pure function of the seed."""
-        run, transform = self.run, train_transform(self.preprocess, self.run.augment)
-        return train_batches(
-            self.splits.train, transform, batch=run.batch, seed=run.seed, start_step=start, steps=steps,
-            workers=worker_count(run.input.workers), policy=run.input.bad_files, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
+    def train_batches(self, start: int, steps: int, device: torch.device) -> Iterator[Batch]:
+        """The batches of steps `start` to `steps` - 1 for a net on `device`, a pure function of the seed."""
+        run, source = self.run, self.splits.train
+        common = {"batch": run.batch, "seed": run.seed, "start_step": start, "steps": steps, "policy": run.input.bad_files}
+        if run.input.resident:
+            return resident_batches(source, self.preprocess, run.augment, device=device, **common)
+        workers, pin = worker_count(run.input.workers), device.type == "cuda"
+        return train_batches(source, train_transform(self.preprocess, run.augment), workers=workers, pin_memory=pin, **common)
 
     def eval_batches(self) -> Iterator[Batch]:
         """The held-out pictures, each once, in order."""

@@ -176,6 +176,7 @@ class Painted(NamedTuple):
     seen: Tensor  # the hidden blocks grey
     painted: Tensor  # the hidden blocks as the net paints them
     errors: tuple[float, ...]  # of each picture: the training loss
+    normalised: bool  # whether local mean and contrast of the hidden blocks are the picture's own: the net says nothing of them
 
 
 @torch.no_grad()
@@ -195,7 +196,8 @@ def paint(model: MaskedImages, images: Tensor, settings: SimMIM, preprocess: Pre
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (preprocess.mean, preprocess.std))
     shown, made = ((x * std + mean).clamp(0, 1).cpu() for x in (images, pixels * local.deviation + local.mean))
     hidden = on_pixels(mask, patches).cpu()
-    return Painted(shown, torch.where(hidden, torch.full_like(shown, 0.5), shown), torch.where(hidden, made, shown), errors)
+    seen, painted = torch.where(hidden, torch.full_like(shown, 0.5), shown), torch.where(hidden, made, shown)
+    return Painted(shown, seen, painted, errors, settings.target_window > 0)
 
 
 def draw_painted(pictures: Sequence[Painted], path: Path | str, captions: Sequence[str] = ()) -> None:
@@ -204,6 +206,8 @@ def draw_painted(pictures: Sequence[Painted], path: Path | str, captions: Sequen
 
     rows = {name: torch.cat([getattr(one, name) for one in pictures]) for name in ("inputs", "seen", "painted")}
     count = len(rows["inputs"])
+    normalised = any(one.normalised for one in pictures)
+    labels = {"inputs": "picture", "seen": "seen", "painted": "painted, but for\nbrightness and contrast" if normalised else "painted"}
     figure = Figure(figsize=(1.5 * count + 0.4, 4.7 + 0.4 * bool(captions)), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False)
     for places, (name, images) in zip(grid, rows.items(), strict=True):
@@ -211,7 +215,7 @@ def draw_painted(pictures: Sequence[Painted], path: Path | str, captions: Sequen
             axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        places[0].set_ylabel({"inputs": "picture"}.get(name, name))
+        places[0].set_ylabel(labels[name])
     for axes, text in zip(grid[0], captions, strict=False):
         axes.set_title(text, fontsize=8, wrap=True)
     figure.savefig(path, dpi=110)

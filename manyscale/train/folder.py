@@ -11,7 +11,7 @@ from manyscale.config import Run, from_dict, to_dict
 from manyscale.storage import read_json
 
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
-FREE = {"out", "device", "precision", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes",
+FREE = {"out", "device", "precision", "compile", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes",
         "schedule.save_steps", "schedule.keep"}  # fmt: skip
 
 
@@ -58,11 +58,15 @@ def check_recipe(folder: Path, run: Run) -> None:
     Raises:
         ValueError: it is another; the fields that differ are listed.
     """
-    file = folder / "recipe.json"
+    check_same(folder / "recipe.json", run)
+
+
+def check_same(file: Path, run: Run) -> None:
+    """See that the run written in a file is this one, but for what is free to differ. Raises as `check_recipe`."""
     old, new = (_flat(to_dict(one)) for one in (from_dict(Run, read_json(file), str(file)), run))
     differ = [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in new if name not in FREE and old[name] != new[name]]
     if differ:
-        raise ValueError(f"{folder} holds another run; give --out another folder, or the same fields:\n  " + "\n  ".join(differ))
+        raise ValueError(f"{file.parent} holds another run; give --out another folder, or the same fields:\n  " + "\n  ".join(differ))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

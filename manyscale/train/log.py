@@ -111,24 +111,26 @@ def draw_curves(records: list[dict[str, Any]], path: Path | str) -> None:
     from matplotlib.figure import Figure
 
     steps = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if "val_loss" in r]
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    loss, metric, rate = figure.subplots(1, 3)
+    evaluations = [r for r in records if "epoch" in r and "lr" not in r]
+    held_out = "l1" if evaluations and "l1" in evaluations[-1] else "val_loss"
+    shown = [name for name in ("accuracy", "top5") if evaluations and name in evaluations[-1]]
+    figure = Figure(figsize=(11, 3.2) if shown else (7.4, 3.2), layout="constrained")
+    loss, *metrics, rate = figure.subplots(1, 3 if shown else 2)
     loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#7aa6c2", lw=1, label="training")
-    loss.plot([r["step"] for r in evaluations], [r["val_loss"] for r in evaluations], color="#c0392b", marker=".", label="held out")
+    loss.plot([r["step"] for r in evaluations], [r[held_out] for r in evaluations], color="#c0392b", marker=".", label="held out")
     loss.set_title("loss")
     if steps or evaluations:
         loss.legend(frameon=False)
-    shown = [name for name in ("accuracy", "top5") if evaluations and name in evaluations[-1]]
-    for name, colour in zip(shown, ("#c0392b", "#e5a04b"), strict=False):
-        metric.plot([r["step"] for r in evaluations], [r[name] for r in evaluations], marker=".", color=colour, label=name)
-        metric.annotate(f"{evaluations[-1][name]:.1%}", (evaluations[-1]["step"], evaluations[-1][name]), ha="right", va="top", fontsize=9)
-    metric.set_title("held-out accuracy")
-    if shown:
+    for metric in metrics:
+        for name, colour in zip(shown, ("#c0392b", "#e5a04b"), strict=False):
+            values = [r[name] for r in evaluations]
+            metric.plot([r["step"] for r in evaluations], values, marker=".", color=colour, label=name)
+            metric.annotate(f"{values[-1]:.1%}", (evaluations[-1]["step"], values[-1]), ha="right", va="top", fontsize=9)
+        metric.set_title("held-out accuracy")
         metric.legend(frameon=False, loc="lower right")
     rate.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="#555555", lw=1)
     rate.set_title("learning rate")
-    for axes in (loss, metric, rate):
+    for axes in (loss, *metrics, rate):
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

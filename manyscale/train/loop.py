@@ -9,7 +9,7 @@ import signal
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class _Training:
         model = task.model()
         self.run: Run = replace(task.run, model=model.config)
         self.state = State(model.to(self.device), self.run.optim)
+        if task.run.compile:
+            self.state.model.compile()
         self.signal = 0
         self.began, self.saved, self.drawn = began, time.monotonic(), time.monotonic()  # opening the data counts towards a time budget
 
@@ -115,7 +117,7 @@ class _Training:
         if clock.step >= clock.steps:
             return
         seen, since, losses = 0, time.monotonic(), []
-        for batch in self.task.train_batches(clock.step, ENDLESS):
+        for batch in self.task.train_batches(clock.step, ENDLESS, self.device):
             for bad in batch.bad:
                 self.log.bad_file(bad.path, bad.reason)
             lr = rate(self.run, clock.step, clock.steps, self.task.steps_per_epoch)
@@ -179,6 +181,10 @@ class _Training:
             state.ema.update_parameters(state.model)
         return total
 
+    def _eager(self) -> AbstractContextManager:
+        """Where compiling does not pay: few batches, some of another size, or modules that are watched."""
+        return torch.compiler.set_stance("force_eager") if self.run.compile else nullcontext()
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
@@ -196,7 +202,7 @@ class _Training:
             return hook
 
         hooks = [module.register_forward_hook(watch(name)) for name, module in self.state.model.named_modules() if name]
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._eager():
             self.task.loss(self.state.model, *part)
         for hook in hooks:
             hook.remove()
@@ -216,12 +222,13 @@ class _Training:
         kept = {name: tensor.clone() for name, tensor in self.state.model.state_dict().items()}
         times = []
         start = time.monotonic()
-        for batch in self.task.train_batches(0, CALIBRATION_STEPS):
+        for batch in self.task.train_batches(0, CALIBRATION_STEPS, self.device):
             if len(batch.labels):
                 self._step(batch, self.run.optim.warmup_lr)
             times.append(time.monotonic() - start)
             start = time.monotonic()
-        self.task.evaluate(self.state.final, self.device, self.precision, lambda path, reason: None)
+        with self._eager():
+            self.task.evaluate(self.state.final, self.device, self.precision, lambda path, reason: None)
         evaluation = time.monotonic() - start
         self.state.model.load_state_dict(kept)
         self.state = State(self.state.model, self.run.optim)
@@ -252,7 +259,8 @@ class _Training:
     def _evaluate(self) -> None:
         """Evaluate, keep the weights if they are the best, decide how to go on, and save."""
         clock, model = self.clock, self.state.final
-        metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file)
+        with self._eager():
+            metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file)
         if not all(map(math.isfinite, metrics.values())):
             self._stop_bad("the evaluation's loss is not finite", ())
         value = metrics[self.task.metric]
@@ -278,7 +286,8 @@ class _Training:
         self._save()
 
     def _draw(self, model: nn.Module) -> None:
-        write(self.folder / "samples.png", lambda path: self.task.draw(model, path))
+        with self._eager():
+            write(self.folder / "samples.png", lambda path: self.task.draw(model, path))
         self.drawn = time.monotonic()
 
     def _checkpoint_due(self) -> bool:

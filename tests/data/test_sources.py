@@ -55,6 +55,21 @@ def test_folder_without_splits_is_held_out_by_class(tmp_path):
     assert all(classes[val.label(index)] == val.name(index).split("/")[0] for index in range(10))
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_what_learns_later_was_not_pre_trained_on_its_held_out_pictures(tmp_path, share):
+    root = make(tmp_path / "set", "cat", "dog/young", "dog/old", count=17)
+    labelled, loose = (open_splits(Input(data=root, share=share), 3, labelled=flag) for flag in (True, False))
+    assert (len(loose.train), len(loose.val)) == ({1.0: 46, 0.5: 24}[share], 5)
+    assert set(ids(loose.train)) == set(ids(labelled.train)) and set(ids(loose.val)) == set(ids(labelled.val))
+    assert {loose.train.label(index) for index in range(len(loose.train))} == {0}
+
+
+def test_many_small_folders_are_held_out_and_shared_together(tmp_path):
+    root = make(tmp_path / "set", *(f"person{number}" for number in range(40)), count=2)
+    splits = open_splits(Input(data=root, share=0.25), 0, labelled=False)
+    assert (len(splits.train), len(splits.val)) == (18, 8)
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_share_is_of_every_class_and_the_smaller_lies_in_the_larger(tmp_path, cache):
     root = make(tmp_path / "set", "train/cat", "train/dog", "val/cat", "val/dog", count=20)

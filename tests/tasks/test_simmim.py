@@ -135,7 +135,7 @@ def test_halves_of_a_batch_average_to_its_loss(pretrain):
     """What gradient accumulation relies on: every picture hides as much as every other."""
     task = Pretrain(pretrain)
     model = loud(task.model()).eval()
-    batch = next(task.train_batches(0, 1))
+    batch = next(task.train_batches(0, 1, torch.device("cpu")))
     images, mask = task.targets(batch, torch.device("cpu"))
     whole = task.loss(model, images, mask)
     parts = [task.loss(model, i, m) for i, m in zip(images.chunk(2), mask.chunk(2), strict=True)]

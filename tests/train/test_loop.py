@@ -19,6 +19,8 @@ from manyscale.train.folder import only_one
 from manyscale.train.loop import Stopped, train
 from tests.conftest import shorter
 
+COMPILE = torch.nn.Module.compile
+
 
 def fingerprint(folder: str) -> dict[str, str]:
     """The last state's tensors and the best weights, hashed."""
@@ -63,6 +65,19 @@ def test_resume_is_bit_exact_wherever_it_stops_and_for_any_number_of_workers(mic
         assert summary["best"] == whole["best"] and summary["steps"] == whole["steps"] == 10
         losses = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
         assert [r["step"] for r in losses if "loss" in r] == list(range(1, 11))  # once each, none lost
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_learns_as_the_eager_one_and_resumes_bit_by_bit(backend, micro, tmp_path, monkeypatch):
+    """In float32, without what draws random numbers inside the net: compiled code draws others."""
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(self) or COMPILE(self, backend=backend))
+    micro = replace(micro, model=replace(micro.model, drop_path=0.0), accumulate=1)
+    eager, compiled = train(micro), replace(micro, compile=True, out=str(tmp_path / "compiled"))
+    assert train(compiled)["last"]["val_loss"] == pytest.approx(eager["last"]["val_loss"], rel=1e-4)
+    pieces = replace(compiled, out=str(tmp_path / "pieces"))
+    assert train_in_pieces(pieces, monkeypatch, 6) >= 2
+    assert fingerprint(pieces.out) == fingerprint(compiled.out) and len(asked) >= 3
 
 
 def test_a_run_leaves_what_it_promises(micro):

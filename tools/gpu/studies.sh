@@ -6,7 +6,7 @@ python -m pip install --quiet --no-deps -e . && python -m pip install --quiet ty
 out=${OUT:-docs/results/gpu}/studies
 [ $# -gt 0 ] || set -- position-bias norms amplitudes simmim
 for study in "$@"; do
-  manyscale study "$study" --seeds 3 --out "runs/studies/$study"
+  manyscale study "$study" --seeds 3 --compile --out "runs/studies/$study"
   mkdir -p "$out/$study"
   cp runs/studies/"$study"/{table.md,table.json,picture.png} "$out/$study"
 done
