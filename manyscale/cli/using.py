@@ -47,7 +47,7 @@ def compare(arguments: list[str]) -> None:
             best, last = one.best, one.evaluations[-1]
             numbers = (f"{best[one.metric]:.4f}", f"{best['epoch']:.1f}", f"{last[one.metric]:.4f}", f"{last['epoch']:.1f}")
             table.add_row(escape(one.folder), one.metric, *numbers, escape(one.recipe.init or "scratch"))
-        Console(highlight=False).print(table)
+        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
         draw(learnt, Path(out))
         print(f"wrote {out}")
 
