@@ -1,12 +1,13 @@
 """The papers' tables as plain dicts, and the one function that turns a name into a configuration.
 
-Sources: Swin V1 (arXiv 2103.14030, section 3.3), Swin V2 (arXiv 2111.09883 v2, section 4.1) and the SimMIM model zoo.
+Sources: Swin V1 (arXiv 2103.14030, section 3.3), Swin V2 (arXiv 2111.09883 v2, section 4.1), the SimMIM model zoo, and Scaling
+Vision Transformers (arXiv 2106.04560, Table 2), with the further sizes of its public code.
 """
 
 from fnmatch import fnmatchcase
 from typing import Any
 
-from manyscale.config import SwinConfig, from_dict, nearest
+from manyscale.config import NetConfig, SwinConfig, ViTConfig, from_dict, nearest
 
 V1 = {"image_size": 224, "window": 7, "similarity": "dot", "norm": "pre", "bias": "table", "merge_norm": "before"}
 V2 = {"image_size": 256, "window": 8}
@@ -33,7 +34,27 @@ SWIN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-PRESETS: dict[str, dict[str, Any]] = {**SWIN}
+SHAPES: dict[str, tuple[str, dict[str, int], tuple[int, ...]]] = {  # the paper's letter -> name here, shape, patches
+    "s": ("xsmall", {"width": 256, "depth": 6, "heads": 8, "mlp_width": 1024}, (16, 28)),
+    "Ti": ("tiny", {"width": 192, "depth": 12, "heads": 3, "mlp_width": 768}, (16,)),
+    "S": ("small", {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536}, (16, 32)),
+    "M": ("medium", {"width": 512, "depth": 12, "heads": 8, "mlp_width": 2048}, (16, 32)),  # not in the paper
+    "B": ("base", {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}, (16, 28, 32)),
+    "L": ("large", {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}, (16,)),
+    "H": ("huge", {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 5120}, (14,)),  # not in the paper
+    "So400m": ("so400m", {"width": 1152, "depth": 27, "heads": 16, "mlp_width": 4304}, (14,)),  # arXiv 2305.13035
+    "g": ("giant", {"width": 1408, "depth": 40, "heads": 16, "mlp_width": 6144}, (14,)),
+    "G": ("gigantic", {"width": 1664, "depth": 48, "heads": 16, "mlp_width": 8192}, (14,)),
+    "e": ("enormous", {"width": 1792, "depth": 56, "heads": 16, "mlp_width": 15360}, (14,)),  # arXiv 2209.06794
+}
+VIT: dict[str, dict[str, Any]] = {
+    f"vit_{name}_patch{patch}": {"image_size": 224, "patch": patch, **shape}
+    for name, shape, patches in SHAPES.values()
+    for patch in patches
+}
+PAPER_NAMES = {f"{letter}/{patch}": f"vit_{name}_patch{patch}" for letter, (name, _, patches) in SHAPES.items() for patch in patches}
+
+PRESETS: dict[str, dict[str, Any]] = {**SWIN, **VIT}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -41,12 +62,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in PRESETS if fnmatchcase(name, pattern))
 
 
-def model_config(name: str, **fields: Any) -> SwinConfig:
-    """The configuration of preset `name`, with any of its fields replaced.
+def model_config(name: str, **fields: Any) -> NetConfig:
+    """The configuration of preset `name`, or of the ViT paper's name such as `B/16`, with any of its fields replaced.
 
     Raises:
         ValueError: an unknown preset or field, named with the nearest known one, or a value the configuration refuses.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown model `{name}`; {nearest(name, PRESETS)}")
-    return from_dict(SwinConfig, {**PRESETS[name], **fields}, name)
+    if name not in PRESETS and name not in PAPER_NAMES:
+        raise ValueError(f"unknown model `{name}`; {nearest(name, (*PRESETS, *PAPER_NAMES) if '/' in name else PRESETS)}")
+    name = PAPER_NAMES.get(name, name)
+    return from_dict(SwinConfig if name in SWIN else ViTConfig, {**PRESETS[name], **fields}, name)

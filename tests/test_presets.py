@@ -2,7 +2,8 @@
 
 import pytest
 
-from manyscale.config import SwinConfig
+from manyscale.config import SwinConfig, ViTConfig
+from manyscale.plan.count import as_table_2, count
 from manyscale.presets import PRESETS, list_models, model_config
 
 
@@ -15,8 +16,8 @@ def test_list_models():
     assert list_models("nothing*") == list_models("Swin*") == []
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_presets_are_the_papers(name):
+@pytest.mark.parametrize("name", list_models("swin*"))
+def test_swins_are_the_papers(name):
     config = model_config(name)
     first = not name.startswith("swinv2")
     assert (config.similarity, config.norm, config.bias, config.merge_norm) == (
@@ -31,13 +32,45 @@ def test_presets_are_the_papers(name):
 
 def test_tables():
     """Width and depths: Swin V1 section 3.3, Swin V2 section 4.1."""
-    given = {name: (c.width, c.depths) for name, c in ((name, model_config(name)) for name in list_models())}
+    given = {name: (c.width, c.depths) for name, c in ((name, model_config(name)) for name in list_models("swin*"))}
     small = (2, 2, 18, 2)
     for first in ("swin_", "swinv2_"):
         assert given[first + "tiny"] == (96, (2, 2, 6, 2))
         assert [given[first + size] for size in ("small", "base", "large")] == [(96, small), (128, small), (192, small)]
     assert given["swinv2_huge"] == (352, small) and given["swinv2_giant"] == (512, (2, 2, 42, 4))
     assert given["swinv2_simmim_1b"] == (448, small)
+
+
+TABLE_2 = {  # of Scaling Vision Transformers: million parameters, GFLOPs at 224 and at 384 px
+    "s/28": (5.4, 0.7, 2.0), "s/16": (5.0, 2.2, 7.8), "S/32": (22, 2.3, 6.9), "Ti/16": (5.5, 2.5, 9.5), "B/32": (87, 8.7, 26.0),
+    "S/16": (22, 9.2, 31.2), "B/28": (87, 11.3, 30.5), "B/16": (86, 35.1, 111.3), "L/16": (303, 122.9, 382.8),
+    "g/14": (1011, 533.1, 1596.4), "G/14": (1843, 965.3, 2859.9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_table_2(name):
+    """Every number to the digits that are printed; the GFLOPs but for a hundredth."""
+    wanted, *flops = TABLE_2[name]
+    for size, printed in zip((224, 384), flops, strict=True):
+        parameters, counted = as_table_2(model_config(name, image_size=size))
+        assert counted / 1e9 == pytest.approx(printed, abs=0.06)
+        assert counted / 1e9 == pytest.approx(printed, rel=0.01) or printed < 10  # where a digit is more than 1 %
+        if size == 224:
+            assert round(parameters / 1e6, 1 if wanted < 10 else 0) == wanted
+
+
+def test_vits():
+    """To the digit, from the facts of the public code: with pooling by attention, and sizes that are not in the paper."""
+    assert count(model_config("G/14", pool="map", classes=0)).parameters == 1_881_132_416  # timm's, without class token
+    assert round(as_table_2(model_config("vit_huge_patch14"))[0] / 1e6, 1) == 630.8
+    assert round(as_table_2(model_config("e/14"))[0] / 1e9, 2) == 3.81
+    assert model_config("vit_so400m_patch14") == model_config("So400m/14") and isinstance(model_config("M/16"), ViTConfig)
+    for name in list_models("vit_*"):
+        config = model_config(name)
+        assert (config.image_size, config.pool, config.position, config.gelu, config.classes) == (224, "gap", "learned", "tanh", 1000)
+    with pytest.raises(ValueError, match="unknown model `B/17`; did you mean"):
+        model_config("B/17")
 
 
 def test_any_field_can_be_replaced():

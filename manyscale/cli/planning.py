@@ -7,7 +7,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from manyscale.cli.parsing import parse
-from manyscale.config import Size, Windows, nearest
+from manyscale.config import Size, SwinConfig, ViTConfig, Windows, nearest
 from manyscale.presets import list_models, model_config
 
 
@@ -30,13 +30,18 @@ def plan(arguments: list[str]) -> None:
         }
         names = list_models(model) or [model]
         for name in names:
-            header, *rows = counting.table(counting.count(model_config(name, **fields)))
+            config = model_config(name, **fields)
+            header, *rows = counting.table(counting.count(config))
             table = Table(*header, title=name, title_justify="left", box=None, pad_edge=False)
             for column in table.columns[3:]:
                 column.justify = "right"
             for row in rows:
                 table.add_row(*row)
             Console(highlight=False).print(table)
+            if isinstance(config, ViTConfig):
+                parameters, flops = counting.as_table_2(config)
+                print(f"as Table 2 of Scaling ViT counts (no pooling, no head, a multiply-add as two): {parameters:,} parameters, "
+                      f"{flops / 1e9:.1f} GFLOPs\n")  # fmt: skip
 
     kinds: dict[str, Callable[..., None]] = {"count": count}
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -64,7 +69,8 @@ def models(arguments: list[str]) -> None:
         for name in list_models(pattern):
             config = model_config(name)
             counted = count(config)
-            table.add_row(name, f"{counted.parameters:,}", f"{counted.macs / 1e9:.1f}", str(config.image_size), str(config.window))
+            window = str(config.window) if isinstance(config, SwinConfig) else ""
+            table.add_row(name, f"{counted.parameters:,}", f"{counted.macs / 1e9:.1f}", str(config.image_size), window)
         Console(highlight=False).print(table)
 
     parse(run, "models", arguments)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from manyscale.config import SwinConfig
-from manyscale.models import Swin
+from manyscale.config import NetConfig
+from manyscale.models import Net
 from manyscale.models.files import load, read_tensors, save
 from manyscale.storage import write
 
@@ -40,17 +40,16 @@ class MaskedImages(nn.Module):
         ValueError: another encoder.
     """
 
-    def __init__(self, encoder: Swin) -> None:
+    def __init__(self, encoder: Net) -> None:
         super().__init__()
         config = encoder.config
         if encoder.mask_token is None or config.axes != 2 or len(set(config.patches)) > 1:
             raise ValueError("SimMIM needs an image encoder with square patches, made with mask_token=True")
         self.encoder = encoder
-        stride = config.patches[0] * 2 ** (len(config.depths) - 1)
-        self.head = Pixels(config.width * 2 ** (len(config.depths) - 1), stride, config.channels)
+        self.head = Pixels(*config.last, config.channels)
 
     @property
-    def config(self) -> SwinConfig:
+    def config(self) -> NetConfig:
         """The encoder's."""
         return self.encoder.config
 

@@ -1,4 +1,4 @@
-"""Window attention with either similarity (Swin V1 section 3.2, V2 section 3.2)."""
+"""Attention inside windows with either similarity (Swin V1 section 3.2, V2 section 3.2), over all tokens, and of a query on tokens."""
 
 import math
 from typing import Literal
@@ -53,3 +53,40 @@ class WindowAttention(nn.Module):
         out = attend(q, k, v, self.bias(index, coordinates), layout.mask, dropout=dropout, path=self.attention_path)
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
         return self.proj_drop(self.proj(leave(out, layout)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of all tokens on all (ViT, arXiv 2010.11929, appendix A)."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_path: Path = "auto"
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)"""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
+        out = attend(q * q.shape[-1] ** -0.5, k, v, path=self.attention_path)
+        return self.proj_drop(self.proj(out[:, 0].transpose(1, 2).flatten(-2)))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries on tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_path: Path = "auto"
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, x: Tensor) -> Tensor:
+        """Queries (B, M, C) on tokens (B, N, C) -> (B, M, C)"""
+        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)[:, None]  # (B, 1, H, M, d)
+        k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
+        out = attend(q * q.shape[-1] ** -0.5, k, v, path=self.attention_path)
+        return self.proj(out[:, 0].transpose(1, 2).flatten(-2))

@@ -8,15 +8,18 @@ from torchvision.ops import StochasticDepth
 Norm = Literal["pre", "post", "sandwich", "res-post"]
 
 
-class Mlp(nn.Module):
-    """Linear, GELU (exact), linear."""
+Gelu = Literal["exact", "tanh"]
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+
+class Mlp(nn.Module):
+    """Linear, GELU (exact, or its tanh approximation), linear."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, *, gelu: Gelu = "exact") -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout)
-        self.act = nn.GELU()
+        self.act = nn.GELU(approximate="none" if gelu == "exact" else "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)"""
@@ -29,12 +32,14 @@ class Residual(nn.Module):
     `zero_init` starts the norm at a branch's end at zero, weight and bias: the block begins as the identity.
     """
 
-    def __init__(self, branch: nn.Module, width: int, norm: Norm, drop_path: float = 0.0, zero_init: bool = False) -> None:
+    def __init__(
+        self, branch: nn.Module, width: int, norm: Norm, drop_path: float = 0.0, zero_init: bool = False, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.branch, self.zero_init = branch, zero_init
-        self.norm_in = nn.LayerNorm(width) if norm in ("pre", "sandwich") else nn.Identity()
-        self.norm_out = nn.LayerNorm(width) if norm in ("res-post", "sandwich") else nn.Identity()
-        self.norm_sum = nn.LayerNorm(width) if norm == "post" else nn.Identity()
+        self.norm_in = nn.LayerNorm(width, eps=eps) if norm in ("pre", "sandwich") else nn.Identity()
+        self.norm_out = nn.LayerNorm(width, eps=eps) if norm in ("res-post", "sandwich") else nn.Identity()
+        self.norm_sum = nn.LayerNorm(width, eps=eps) if norm == "post" else nn.Identity()
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def initialise(self) -> None:
@@ -51,11 +56,20 @@ class Block(nn.Module):
     """Attention and MLP, each a residual branch; in the largest nets a norm on the main branch after them."""
 
     def __init__(
-        self, width: int, attention: nn.Module, mlp: nn.Module, norm: Norm, *, drop_path: float, zero_init: bool, extra_norm: bool
+        self,
+        width: int,
+        attention: nn.Module,
+        mlp: nn.Module,
+        norm: Norm,
+        *,
+        drop_path: float,
+        zero_init: bool = False,
+        extra_norm: bool = False,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.attention = Residual(attention, width, norm, drop_path, zero_init)
-        self.mlp = Residual(mlp, width, norm, drop_path, zero_init)
+        self.attention = Residual(attention, width, norm, drop_path, zero_init, eps)
+        self.mlp = Residual(mlp, width, norm, drop_path, zero_init, eps)
         self.extra_norm = nn.LayerNorm(width) if extra_norm else nn.Identity()
 
     def forward(self, x: Tensor, *context: object) -> Tensor:

@@ -1,8 +1,10 @@
 """Architectures: one file each, read top to bottom."""
 
-from manyscale.models.build import build, create_model
+from manyscale.models.build import Net, build, create_model
+from manyscale.models.features import Features
 from manyscale.models.files import load, save
-from manyscale.models.swin import Features, Swin
+from manyscale.models.swin import Swin
 from manyscale.models.transfer import transfer
+from manyscale.models.vit import ViT
 
-__all__ = ["Features", "Swin", "build", "create_model", "load", "save", "transfer"]
+__all__ = ["Features", "Net", "Swin", "ViT", "build", "create_model", "load", "save", "transfer"]

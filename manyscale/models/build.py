@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from torch import nn
-
-from manyscale.config import SwinConfig
+from manyscale.config import NetConfig, SwinConfig, ViTConfig
 from manyscale.models.swin import Swin
+from manyscale.models.vit import ViT
 from manyscale.presets import model_config
 
+Net = Swin | ViT
 
-def create_model(name: str, **fields: Any) -> Swin:
+
+def create_model(name: str, **fields: Any) -> Net:
     """The model of preset `name`, freshly initialised, with any field of its configuration replaced.
 
     Example: `create_model("swinv2_tiny", classes=10, image_size=256, window=8)`.
@@ -20,9 +21,9 @@ def create_model(name: str, **fields: Any) -> Swin:
     return build(model_config(name, **fields))
 
 
-def build(config: SwinConfig) -> Swin:
+def build(config: NetConfig) -> Net:
     """The model of a configuration."""
     return MODELS[type(config)](config)
 
 
-MODELS: dict[type, type[nn.Module]] = {SwinConfig: Swin}
+MODELS: dict[type, type[Net]] = {SwinConfig: Swin, ViTConfig: ViT}

@@ -8,16 +8,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import manyscale
-from manyscale.config import Preprocess, SwinConfig, from_dict, nearest, to_dict
-from manyscale.models.build import build
-from manyscale.models.swin import Swin
+from manyscale.config import NetConfig, Preprocess, SwinConfig, ViTConfig, from_dict, nearest, to_dict
+from manyscale.models.build import Net, build
 from manyscale.storage import read_json, write, write_json
 
 FORMAT = 1  # of config.json; raised when an older reader would misread it
-KINDS = {"swin": SwinConfig}
+KINDS = {"swin": SwinConfig, "vit": ViTConfig}
 
 
-def save(model: Swin, folder: Path | str) -> None:
+def save(model: Net, folder: Path | str) -> None:
     """Write `model.safetensors` and `config.json` into `folder`. Each holds the whole configuration, so each stands alone.
 
     Raises:
@@ -37,7 +36,7 @@ def save(model: Swin, folder: Path | str) -> None:
     write_json(folder / "config.json", card)
 
 
-def load(path: Path | str) -> Swin:
+def load(path: Path | str) -> Net:
     """The model that `save` wrote, in evaluation mode, with its `preprocess` and `labels`.
 
     Args:
@@ -78,7 +77,7 @@ def load(path: Path | str) -> Swin:
     return model.eval()
 
 
-def _config(card: dict[str, Any], where: str) -> SwinConfig:
+def _config(card: dict[str, Any], where: str) -> NetConfig:
     if not isinstance(card.get("format"), int) or not isinstance(card.get("labels", []), list):
         raise ValueError(f"{where}: not a configuration of this package: its `format` or `labels` are not what `ms.save` writes")
     if card["format"] > FORMAT:
@@ -107,7 +106,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"{path}: not a whole .safetensors file, perhaps half-written: {error}") from None
 
 
-def check_tensors(model: Swin, tensors: dict[str, Any], where: str) -> None:
+def check_tensors(model: Net, tensors: dict[str, Any], where: str) -> None:
     """See that `tensors` are the model's, by name and shape.
 
     Raises:

@@ -6,8 +6,6 @@ V1 (arXiv 2103.14030) is dot, pre, table; V2 (arXiv 2111.09883) is cosine, res-p
 Letters: B batch, grid = (h, w) or (t, h, w) tokens, C channels, D_i channels of stage i, N tokens of a window.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -16,15 +14,9 @@ from manyscale.layers.attention import WindowAttention
 from manyscale.layers.block import Block, Mlp
 from manyscale.layers.patch import MaskToken, PatchEmbed, PatchMerge
 from manyscale.layers.position_bias import ContinuousBias, TableBias
+from manyscale.models.features import Features
 from manyscale.ops.positions import relative_coordinates, relative_index
 from manyscale.ops.windows import layout
-
-
-class Features(NamedTuple):
-    """What a backbone sees."""
-
-    stages: tuple[Tensor, ...]  # (B, D_i, [t_i,] h_i, w_i), finest first, before each merging
-    pooled: Tensor  # (B, D): the last stage, normalised, mean over its tokens
 
 
 class Stage(nn.Module):
@@ -144,7 +136,10 @@ class Swin(nn.Module):
         return levels
 
     def features(self, x: Tensor, mask: Tensor | None = None) -> Features:
-        """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`; `mask` as in `tokens`."""
+        """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`; `mask` as in `tokens`.
+
+        Stages come before each merging; pooled is the mean of the last one's normalised tokens.
+        """
         levels = self.tokens(x, mask)
         maps = (self.level_norms[i](level) if self.level_norms else level for i, level in enumerate(levels))
         pooled = self.norm(levels[-1]).flatten(1, -2).mean(dim=1)

@@ -1,53 +1,55 @@
-"""The same function at another resolution and window, nothing retrained (Swin V2 section 3.3)."""
+"""The same function at another resolution, window or patch, nothing retrained (Swin V2 section 3.3; ViT section 3.2)."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from manyscale.config import Size, Windows
-from manyscale.models.build import build
-from manyscale.models.swin import Swin
-from manyscale.ops.positions import resize_table
+from manyscale.config import NetConfig, Size, SwinConfig, ViTConfig, Windows
+from manyscale.models.build import Net, build
+from manyscale.ops.patches import resize_kernel
+from manyscale.ops.positions import resize_positions, resize_table
 
 
 @torch.no_grad()
 def transfer(
-    model: Swin,
+    model: Net,
     image_size: Size,
     window: Windows | None = None,
     *,
+    patch: Size | None = None,
     classes: int | None = None,
     drop_path: float | None = None,
     mask_token: bool | None = None,
     table: Literal["bicubic", "geometric"] = "bicubic",
-) -> Swin:
-    """A new model with the weights of `model`, laid out for `image_size` and `window`. `model` is left as it is.
+) -> Net:
+    """A new model with the weights of `model`, laid out for `image_size` and `window` or `patch`. `model` is left as it is.
 
-    A continuous bias keeps the coordinates it learnt (`pretrained_window` stays at the window of its training, however
-    often it is transferred), so a round trip gives the same model to the last bit. A table is resized, and its round trip
-    is an approximation: going to a smaller window forgets the far offsets.
+    Swin: a continuous bias keeps the coordinates it learnt (`pretrained_window` stays at the window of its training,
+    however often it is transferred), so a round trip gives the same model to the last bit. A table is resized, and its
+    round trip is an approximation: going to a smaller window forgets the far offsets.
+
+    ViT: learnt positions are resized as `position_resize` says, and the kernel of the patches so that enlarged pictures
+    give the tokens they gave (`ops.patches.resize_kernel`).
 
     Args:
         image_size: pixels; one number or one per axis.
-        window: as in the configuration; None keeps it.
+        window: of a Swin, as in the configuration; None keeps it.
+        patch: of a ViT; None keeps it.
         classes: a new, freshly initialised head for so many classes; None keeps the head.
         drop_path: for training on; None keeps it.
         mask_token: with one (fresh, where the model has none) or without; None keeps it.
         table: how a bias table is resized; geometric is what SimMIM fine-tuning uses.
 
     Raises:
-        ValueError: a size or window that the configuration refuses.
+        ValueError: a size, window or patch that the configuration refuses, or that this kind of model does not have.
     """
-    config = replace(
-        model.config,
-        image_size=tuple(image_size) if isinstance(image_size, (tuple, list)) else image_size,
-        window=model.config.window if window is None else window,
-        pretrained_window=model.config.pretrained_windows,
-        classes=model.config.classes if classes is None else classes,
-        drop_path=model.config.drop_path if drop_path is None else drop_path,
-        mask_token=model.config.mask_token if mask_token is None else mask_token,
-    )
+    old = model.config
+    changes: dict[str, Any] = {"image_size": tuple(image_size) if isinstance(image_size, (tuple, list)) else image_size}
+    asked = {"window": window, "patch": patch, "classes": classes, "drop_path": drop_path, "mask_token": mask_token}
+    changes |= {name: value for name, value in asked.items() if value is not None}
+    config = replace(old, **_allowed(old, changes))
     new = build(config).to(next(model.parameters()))
     tensors = model.state_dict()
     if classes is not None:
@@ -55,12 +57,33 @@ def transfer(
     if not config.mask_token:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("mask_token.")}
     for name in tensors:
-        if name.endswith("bias.table"):
-            stage = int(name.split(".")[1])
-            tensors[name] = resize_table(tensors[name], model.config.windows[stage], config.windows[stage], table)
+        tensors[name] = _resized(name, tensors[name], old, config, table)
     new.load_state_dict({**new.state_dict(), **tensors})
     new.train(model.training)
     new.labels = model.labels if classes is None else ()
     if model.preprocess and config.axes == 2:
         new.preprocess = replace(model.preprocess, image_size=config.size)
     return new
+
+
+def _allowed(old: NetConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(old, SwinConfig):
+        if changes.get("patch", old.patch) != old.patch:
+            raise ValueError(f"field `patch`: a Swin keeps its patches of {old.patch}; give a window")
+        return {**changes, "pretrained_window": old.pretrained_windows}
+    if "window" in changes:
+        raise ValueError("field `window`: a ViT has none; give an image size, and a patch if you like")
+    return changes
+
+
+def _resized(name: str, tensor: Tensor, old: NetConfig, new: NetConfig, table: Literal["bicubic", "geometric"]) -> Tensor:
+    """A tensor of the state dict as the new layout has it."""
+    if isinstance(old, SwinConfig) and isinstance(new, SwinConfig) and name.endswith("bias.table"):
+        stage = int(name.split(".")[1])
+        return resize_table(tensor, old.windows[stage], new.windows[stage], table)
+    if isinstance(old, ViTConfig) and isinstance(new, ViTConfig):
+        if name == "position":
+            return resize_positions(tensor, old.grid, new.grid, old.position_resize)
+        if name == "patch.weight":
+            return resize_kernel(tensor, new.patches)
+    return tensor

@@ -25,13 +25,13 @@ def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0, path: Path = "auto"
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, dropout: float = 0.0, path: Path = "auto"
 ) -> Tensor:
     """softmax(q k^T + bias, masked) v in every window.
 
     Args:
-        q, k, v: (B, W, H, N, d); q carries the scale of the logits.
-        bias: (H, N, N), added to the logits.
+        q, k, v: (B, W, H, N, d); q carries the scale of the logits, and without a mask may have other tokens than k and v.
+        bias: (H, N, N), added to the logits; None: none, and then no mask either.
         mask: (W, N, N) bool, True where the row may attend the column; at least one True a row. Masked logits are -inf:
             the official -100 can be outbid by cosine logits that span up to 216.
         dropout: probability of dropping an attention weight.
@@ -42,24 +42,26 @@ def attend(
         (B, W, H, N, d)
     """
     if path == "auto":
-        path = "reference" if bias.requires_grad and torch.is_grad_enabled() else "fused"
+        path = "reference" if bias is not None and bias.requires_grad and torch.is_grad_enabled() else "fused"
     return {"reference": _reference, "fused": _fused}[path](q, k, v, bias, mask, dropout)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    logits = q @ k.transpose(-2, -1) + bias  # (B, W, H, N, N)
+def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float) -> Tensor:
+    logits = q @ k.transpose(-2, -1)  # (B, W, H, N, N)
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None], float("-inf"))
     weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
     return F.dropout(weights, dropout) @ v
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float) -> Tensor:
     batch, windows, heads = q.shape[:3]
-    q, k, bias = q.to(v.dtype), k.to(v.dtype), bias.to(v.dtype)
-    if mask is None:
+    q, k, bias = q.to(v.dtype), k.to(v.dtype), None if bias is None else bias.to(v.dtype)
+    if mask is None or bias is None:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B·W, H, N, d)
-        bias = bias[None]
+        bias = None if bias is None else bias[None]
     else:  # windows fold into heads, so that the mask is one copy for the whole batch
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, W·H, N, d)
         bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)[None]  # (1, W·H, N, N)

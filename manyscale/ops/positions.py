@@ -1,7 +1,7 @@
-"""Relative positions inside a window: coordinates, the index into a table of them, and how such a table changes size.
+"""Where tokens are: positions on a grid (ViT), relative positions inside a window (Swin), and how their tables change size.
 
-Swin V2 (arXiv 2111.09883) section 3.3. Letters: N tokens of a window, T entries of a table, one for each offset:
-T is the product of 2w - 1 over the axes, row-major, offset -(w - 1) first.
+Swin V2 (arXiv 2111.09883) section 3.3. Letters: N tokens of a window or grid, C channels, T entries of a table, one for
+each offset: T is the product of 2w - 1 over the axes, row-major, offset -(w - 1) first.
 """
 
 from math import prod
@@ -10,6 +10,36 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def sincos2d(grid: tuple[int, int], width: int, temperature: float = 10_000.0, device: torch.device | None = None) -> Tensor:
+    """Fixed positions of a grid (h, w): sine and cosine of x, then of y, a quarter of `width` each (MoCo v3, arXiv 2104.02057).
+
+    Returns:
+        (h·w, width) float32, row-major.
+    """
+    rates = temperature ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / max(width / 4 - 1, 1))
+    places = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
+    y, x = (axis.flatten()[:, None] * rates for axis in places)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def resize_positions(
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], method: Literal["bilinear", "bicubic"] = "bilinear"
+) -> Tensor:
+    """Learnt positions of a grid `old`, (N, C), for a grid `new`: (N', C).
+
+    Bilinear keeps the corners where they are (the original's scipy.ndimage.zoom of order 1). Bicubic aligns the edges of
+    the outer tokens, with antialiasing, as timm does.
+    """
+    if old == new:
+        return positions
+    grid = positions.float().T.reshape(1, -1, *old)  # (1, C, h, w)
+    if method == "bilinear":
+        grid = F.interpolate(grid, size=new, mode="bilinear", align_corners=True)
+    else:
+        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=True)
+    return grid.flatten(2)[0].T.to(positions.dtype)
 
 
 def relative_index(window: tuple[int, ...], table: tuple[int, ...], device: torch.device | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from manyscale.data.loader import eval_batches, worker_count
 from manyscale.data.sources import Source, open_split
 from manyscale.data.transforms import eval_transform
 from manyscale.heads.pixels import is_masked, load_masked
-from manyscale.models import Swin, load
+from manyscale.models import Net, load
 from manyscale.storage import read_json
 from manyscale.tasks import simmim
 from manyscale.tasks.classify import score
@@ -83,7 +83,7 @@ def recipe_of(path: str) -> Run | None:
     return None
 
 
-def _class_order(model: Swin, classes: tuple[str, ...]) -> torch.Tensor | None:
+def _class_order(model: Net, classes: tuple[str, ...]) -> torch.Tensor | None:
     """The model's class for each of the set's, by name; None where the model has no names, and they must only be as many."""
     if not model.labels:
         if len(classes) != model.config.classes:

@@ -8,7 +8,7 @@ import torch
 
 from manyscale.data.images import EXTENSIONS, BadImage, read_image
 from manyscale.data.transforms import eval_transform
-from manyscale.models import Swin
+from manyscale.models import Net
 
 BATCH = 32
 
@@ -48,7 +48,7 @@ def find_pictures(paths: tuple[str, ...]) -> list[str]:
 
 
 @torch.no_grad()
-def predict(model: Swin, paths: list[str], *, top: int = 5, max_pixels: int = 64_000_000) -> Iterator[Prediction]:
+def predict(model: Net, paths: list[str], *, top: int = 5, max_pixels: int = 64_000_000) -> Iterator[Prediction]:
     """The `top` likeliest classes of each picture, in order. A file that cannot be read gets an `error`, and the rest go on.
 
     Raises:

@@ -13,7 +13,7 @@ from manyscale.config import Run
 from manyscale.data.images import BadImage
 from manyscale.data.loader import Batch
 from manyscale.data.transforms import eval_transform, mix
-from manyscale.models import Swin, build, load, save
+from manyscale.models import Net, build, load, save
 from manyscale.tasks.pictures import Pictures, Report
 
 
@@ -26,7 +26,7 @@ class Classify(Pictures):
         super().__init__(run, labelled=True)
         self.mix = mix(run.augment, len(self.labels))
 
-    def model(self) -> Swin:
+    def model(self) -> Net:
         """What is trained: a fresh model, or the one of `init`, with a new head where its classes are others."""
         if not self.run.init:
             return build(self.run.model)
@@ -46,12 +46,12 @@ class Classify(Pictures):
         """Top-1 and top-5 accuracy and loss on the held-out split, over the files that could be read."""
         return score(model, self.eval_batches(), device, precision, report)
 
-    def save(self, model: Swin, folder: Path) -> None:
+    def save(self, model: Net, folder: Path) -> None:
         """Write a model with what prediction needs to know."""
         model.preprocess, model.labels = self.preprocess, self.labels
         save(model, folder)
 
-    def load(self, folder: Path) -> Swin:
+    def load(self, folder: Path) -> Net:
         """What `save` wrote."""
         return load(folder)
 

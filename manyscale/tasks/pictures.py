@@ -13,7 +13,7 @@ from manyscale.data.loader import Batch, eval_batches, steps_per_epoch, train_ba
 from manyscale.data.resident import resident_batches
 from manyscale.data.sources import open_splits
 from manyscale.data.transforms import eval_transform, preprocess_for, train_transform
-from manyscale.models import Swin, transfer
+from manyscale.models import Net, transfer
 
 Report = Callable[[str, str], Any]  # what to call with the path and the reason of a file that could not be read
 
@@ -64,11 +64,16 @@ class Pictures:
                 state.update(os.fsencode(source.name(index)))
         return state.hexdigest()
 
-    def initial(self, old: Swin, *, classes: int | None, mask_token: bool) -> Swin:
-        """The net of the run's `init`, laid out for the run's image size, window and drop path.
+    def initial(self, old: Net, *, classes: int | None, mask_token: bool) -> Net:
+        """The net of the run's `init`, laid out for the run's image size, window or patch, and drop path.
 
         A table that SimMIM learnt is resized geometrically, as its official fine-tuning does, any other bicubically.
         """
         model = self.run.model
         table = "geometric" if old.config.mask_token and not mask_token else "bicubic"
-        return transfer(old, model.image_size, model.window, classes=classes, drop_path=model.drop_path, mask_token=mask_token, table=table)
+        if type(old.config) is not type(model):
+            kinds = (type(old.config).__name__, type(model).__name__)
+            raise ValueError(
+                f"field `init`: {self.run.init} holds a net of kind {kinds[0]}, the recipe's is a {kinds[1]}; take a recipe of its kind"
+            )
+        return transfer(old, **model.layout, classes=classes, drop_path=model.drop_path, mask_token=mask_token, table=table)

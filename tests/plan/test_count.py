@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from manyscale.config import SwinConfig
-from manyscale.layers.attention import WindowAttention
-from manyscale.models.swin import Swin
+from manyscale.config import NetConfig, SwinConfig, ViTConfig
+from manyscale.layers.attention import Attention, CrossAttention, WindowAttention
+from manyscale.models import build
 from manyscale.plan.count import count, table
 from manyscale.presets import list_models, model_config
 
@@ -33,20 +33,20 @@ OTHERS = {
 }
 
 
-def measured(config: SwinConfig) -> tuple[int, float]:
+def measured(config: NetConfig) -> tuple[int, float]:
     """Parameters and multiply-adds of the real model, on the meta device."""
     with torch.device("meta"):
-        model = Swin(config).eval()
+        model = build(config).eval().requires_grad_(False)
         images = torch.empty(1, config.channels, *config.size)
     for module in model.modules():
-        if isinstance(module, WindowAttention):
+        if isinstance(module, (WindowAttention, Attention, CrossAttention)):
             module.attention_path = "reference"  # two plain products, which the counter sees
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
 
 
-def agrees(config: SwinConfig) -> None:
+def agrees(config: NetConfig) -> None:
     counted, (parameters, macs) = count(config), measured(config)
     assert counted.parameters == parameters
     assert counted.macs == macs
@@ -67,6 +67,16 @@ def test_switches(similarity, norm, bias, merge_norm):
 @pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS.keys())
 def test_other_fields(fields):
     agrees(SwinConfig(**{**MICRO, **fields}))
+
+
+VIT = {"image_size": 32, "patch": 8, "width": 24, "depth": 2, "heads": 3, "mlp_width": 50, "classes": 10}
+
+
+@pytest.mark.parametrize("pool", ["token", "gap", "map"])
+@pytest.mark.parametrize("position", ["learned", "sincos2d", "none"])
+@pytest.mark.parametrize("fields", [{}, {"pre_logits": 7}, {"classes": 0}, {"mask_token": True}, {"image_size": (35, 50), "patch": (8, 4)}])
+def test_vits(pool, position, fields):
+    agrees(ViTConfig(**{**VIT, "pool": pool, "position": position, **fields}))
 
 
 @pytest.mark.parametrize(("size", "window"), [(640, 40), (384, 24), (500, 16)])

@@ -1,0 +1,28 @@
+"""Every setting of the house: frozen, keyword-only dataclasses that hold values only, and their strict reader and writer.
+
+No torch here: recipes, planners and the command line read this room without paying for the engine.
+Each class checks its own values when it is made; a `ValueError` names the field and the fix.
+"""
+
+from manyscale.config.nets import NetConfig, Size, SwinConfig, ViTConfig, Windows
+from manyscale.config.run import Augment, Input, Optim, Preprocess, Run, Schedule, SimMIM, seconds
+from manyscale.config.values import from_dict, nearest, to_dict
+
+__all__ = [
+    "Augment",
+    "Input",
+    "NetConfig",
+    "Optim",
+    "Preprocess",
+    "Run",
+    "Schedule",
+    "SimMIM",
+    "Size",
+    "SwinConfig",
+    "ViTConfig",
+    "Windows",
+    "from_dict",
+    "nearest",
+    "seconds",
+    "to_dict",
+]

@@ -1,0 +1,204 @@
+"""The settings of a training run: its data, augmentation, optimiser, schedule, and all of it as one `Run`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from manyscale.config.checks import finite, require
+from manyscale.config.nets import NetConfig, SwinConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a picture becomes the model's input: saved beside the weights, so that prediction repeats what evaluation did."""
+
+    image_size: tuple[int, int] = (256, 256)  # (height, width) in pixels
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop_ratio: float = 0.875  # centre crop / resized short side; 0: squash the whole picture, no crop
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        require(min(self.image_size) >= 1, "image_size", f"{self.image_size} must be at least 1 pixel")
+        require(min(self.std) > 0, "std", f"{self.std} must be positive")
+        require(0 <= self.crop_ratio <= 1, "crop_ratio", f"{self.crop_ratio} must be 0 (squash) or in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Where the pictures come from and how they are read."""
+
+    data: str = "digits"  # `digits`, a folder of class folders, or the name of one under $MANYSCALE_DATA
+    holdout: float = 0.1  # fraction kept for evaluation where the set brings no val or test split
+    share: float = 1.0  # of the training pictures of every class, chosen by seed and file names: learning from fewer labels
+    statistics: Literal["imagenet", "half", "own"] = "imagenet"  # mean and std; half: 0.5; own: measured on the train split
+    crop_ratio: float = 0.875  # of the evaluation's centre crop; 0: squash the whole picture
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    bad_files: Literal["skip", "stop"] = "skip"  # a picture that cannot be read: leave it out and report it, or end the run
+    max_pixels: int = 64_000_000  # larger pictures count as bad before they are decoded (decompression bombs)
+    cache: bool = False  # keep decoded pictures in memory: for small sets of small pictures
+    resident: bool = False  # keep the training pictures on the device, crop and flip them there by the batch; all of one size
+    workers: int = -1  # loader processes; 0: load in the training process; -1: one less than the cores, at most 8
+
+    def __post_init__(self) -> None:
+        require(0 < self.holdout < 1, "holdout", f"{self.holdout} must be between 0 and 1, such as 0.1")
+        require(0 < self.share <= 1, "share", f"{self.share} must be in (0, 1]; 1: all")
+        require(0 <= self.crop_ratio <= 1, "crop_ratio", f"{self.crop_ratio} must be 0 (squash) or in (0, 1]")
+        require(self.max_pixels >= 1, "max_pixels", f"{self.max_pixels} must be at least 1")
+        require(self.workers >= -1, "workers", f"{self.workers} must be -1 (choose), 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What training does to pictures and labels. Everything off: `Augment(crop="none", flip=0)`."""
+
+    crop: Literal["resized", "pad", "none"] = "resized"  # random resized crop; pad by 1/8 and crop; the evaluation's geometry
+    scale: tuple[float, float] = (0.08, 1.0)  # area of the random resized crop
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5  # probability of a left-right flip
+    color_jitter: float = 0.0  # brightness, contrast and saturation (0.4 in the papers, where RandAugment is off)
+    randaugment: int = 0  # operations per picture (2 in the papers); 0: off
+    magnitude: float = 9.0  # of RandAugment, 0 to 10, as "m9" in the papers' strings
+    magnitude_std: float = 0.5  # its standard deviation per picture, as "mstd0.5"
+    erase: float = 0.0  # probability of random erasing with noise
+    mixup: float = 0.0  # alpha of mixup; 0: off
+    cutmix: float = 0.0  # alpha of cutmix; 0: off
+    mix_switch: float = 0.5  # probability of cutmix where both are on
+    smoothing: float = 0.0  # label smoothing
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "erase", "mix_switch"):
+            require(0 <= getattr(self, name) <= 1, name, f"{getattr(self, name)} is a probability, in [0, 1]")
+        for name in ("color_jitter", "randaugment", "magnitude_std", "mixup", "cutmix"):
+            require(0 <= getattr(self, name) < math.inf, name, f"{getattr(self, name)} must be 0 (off) or more")
+        require(0 <= self.magnitude <= 10, "magnitude", f"{self.magnitude} must be in [0, 10]")
+        require(0 <= self.smoothing < 1, "smoothing", f"{self.smoothing} must be in [0, 1)")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            require(0 < low <= high < math.inf, name, f"{(low, high)} must be (low, high) with 0 < low <= high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with the official parameter groups, and what surrounds its step."""
+
+    lr: float = 1e-3  # peak
+    min_lr: float = 1e-5  # at the end of the cosine
+    warmup_lr: float = 1e-6  # at the first step
+    lr_batch: int = 0  # the three rates are per this many images and scale with the batch (the papers: 512); 0: as given
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 5.0  # gradient norm; 0: no clipping
+    layer_decay: float = 1.0  # each block's rate over that of the next one towards the head
+    ema: float = 0.0  # decay of the weights' moving average; 0: none. Evaluated and kept as best where on
+    decay_position_bias: bool = False  # decay position biases and logit scales too, as the official SimMIM code does by mistake
+
+    def __post_init__(self) -> None:
+        finite(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps", "clip", "layer_decay", "ema")
+        for name in ("min_lr", "warmup_lr", "weight_decay", "clip", "lr_batch"):
+            require(getattr(self, name) >= 0, name, f"{getattr(self, name)} must not be negative")
+        require(self.lr > 0, "lr", f"{self.lr} must be positive, such as 0.001")
+        require(self.eps > 0, "eps", f"{self.eps} must be positive")
+        require(all(0 <= b < 1 for b in self.betas), "betas", f"{self.betas} must be in [0, 1)")
+        require(0 < self.layer_decay <= 1, "layer_decay", f"{self.layer_decay} must be in (0, 1]; 1: off")
+        require(0 <= self.ema < 1, "ema", f"{self.ema} must be in [0, 1); 0: off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long, and how the learning rate goes: linear warm-up, then a cosine over the rest, or steps down."""
+
+    epochs: int = 300
+    warmup: float = 20.0  # epochs
+    milestones: tuple[float, ...] = ()  # epochs at which the rate falls to a tenth, instead of along a cosine
+    time: str = ""  # a budget such as 30m, 8h or 1h30m: `epochs` then follows from the measured speed
+    evaluate_every: int = 1  # epochs
+    patience: int = 0  # stop after this many evaluations without a better one; 0: never
+    save_minutes: float = 10.0  # between checkpoints; every evaluation saves one too
+    save_steps: int = 0  # a checkpoint every so many steps besides; 0: none
+    keep: int = 2  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        finite(self, "warmup", "save_minutes")
+        for name in ("epochs", "evaluate_every", "keep"):
+            require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
+        rising = list(self.milestones) == sorted(self.milestones) and all(0 < m < self.epochs for m in self.milestones)
+        require(rising, "milestones", f"{self.milestones} must rise, within the {self.epochs} epochs")
+        for name in ("warmup", "patience", "save_minutes", "save_steps"):
+            require(getattr(self, name) >= 0, name, f"{getattr(self, name)} must not be negative")
+        seconds(self.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimMIM:
+    """Pre-training without labels: hide patches, paint them in (SimMIM, arXiv 2111.09886; Swin V2 section 4.1)."""
+
+    mask_unit: int = 32  # pixels on a side of what is hidden or shown as one
+    mask_ratio: float = 0.6  # of the units, rounded up
+    target_window: int = 47  # pixels, odd: targets are normalised by the mean and deviation around each (V2); 0: raw (V1)
+
+    def __post_init__(self) -> None:
+        require(self.mask_unit >= 1, "mask_unit", f"{self.mask_unit} must be at least 1 pixel; 32 is usual")
+        require(0 < self.mask_ratio <= 1, "mask_ratio", f"{self.mask_ratio} must be in (0, 1]; 0.6 is usual")
+        well = self.target_window == 0 or (self.target_window >= 3 and self.target_window % 2 == 1)
+        require(well, "target_window", f"{self.target_window} must be 0 (raw targets) or odd and at least 3; 47 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run, whole: the same values give the same weights."""
+
+    recipe: str = ""  # the name it came from
+    task: Literal["classify", "simmim"] = "classify"
+    model: NetConfig = field(default_factory=SwinConfig)
+    input: Input = field(default_factory=Input)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    simmim: SimMIM = field(default_factory=SimMIM)  # where that is the task
+    batch: int = 64  # images per step
+    accumulate: int = 1  # backward passes per step; each takes batch / accumulate images
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes in it
+    device: str = "auto"
+    compile: bool = False  # torch.compile the training step's net: a minute or two at the start, faster steps after it
+    seed: int = 0
+    init: str = (
+        ""  # a folder or .safetensors of this package to start from: its net, at this run's image_size, window or patch, and drop_path
+    )
+    out: str = ""  # the run's folder; empty: runs/<recipe>
+    log_every: int = 20  # steps
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "log_every"):
+            require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
+        require(0 <= self.seed < 2**63, "seed", f"{self.seed} must be from 0 to 2^63 - 1")
+        require(self.batch % self.accumulate == 0, "accumulate", f"{self.accumulate} must divide the batch {self.batch}")
+
+    @property
+    def folder(self) -> str:
+        """Where the run is written."""
+        return self.out or f"runs/{self.recipe or self.task}"
+
+
+def seconds(duration: str) -> float:
+    """A duration such as `90s`, `30m`, `8h` or `1h30m` in seconds; empty: infinity.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not duration:
+        return math.inf
+    total, number = 0.0, ""
+    for letter in duration.strip().lower():
+        if letter.isdecimal() or letter == ".":
+            number += letter
+        elif letter in "dhms" and number.count(".") <= 1 and number.strip("."):
+            total, number = total + float(number) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[letter], ""
+        else:
+            break
+    else:
+        if not number and total > 0:
+            return total
+    raise ValueError(f"field `time`: {duration!r} is not a duration; write 90s, 30m, 8h or 1h30m")
