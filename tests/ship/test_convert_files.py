@@ -128,6 +128,6 @@ def test_places_without_a_file(tmp_path: Path) -> None:
         convert(tmp_path / "gone.pth")
     with pytest.raises(ValueError, match="is a folder"):
         convert(tmp_path)
-    (tmp_path / "weights.npz").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"weights\.npz: unknown kind of file.*\.safetensors, \.pth"):
-        convert(tmp_path / "weights.npz")
+    (tmp_path / "weights.onnx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"weights\.onnx: unknown kind of file.*\.safetensors, \.npz, \.pth"):
+        convert(tmp_path / "weights.onnx")

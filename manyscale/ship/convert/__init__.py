@@ -1,41 +1,42 @@
-"""Weights of other packages' Swin V1 and V2, in and out: one file per layout, each a table read in both directions."""
+"""Weights of other packages' Swin V1 and V2 and ViT, in and out: one file per layout, each a table read in both directions."""
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import reduce
+from functools import partial, reduce
 from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyscale.config import SwinConfig, nearest
+from manyscale.config import NetConfig, SwinConfig, ViTConfig, nearest
 from manyscale.heads.pixels import MaskedImages
-from manyscale.models.build import build
-from manyscale.models.swin import Swin
-from manyscale.presets import SWIN, model_config
-from manyscale.ship.convert import mmpretrain, official, simmim, timm, torchvision, transformers
+from manyscale.models import Net, Swin, build
+from manyscale.presets import SWIN, VIT, model_config
+from manyscale.ship.convert import big_vision, mmpretrain, official, simmim, timm, torchvision, transformers
 from manyscale.ship.convert.files import read
 from manyscale.ship.convert.layout import Layout, Row, buffers, expand, learnt_windows, to_ours, to_theirs, version
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, name: str, **fields: Any) -> Swin | MaskedImages:
+def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, name: str, **fields: Any) -> Net | MaskedImages:
     """A model of this package from weights of another: `convert("swinv2.pth", source="official", name="swinv2_tiny", window=16)`.
 
     Tensors are copied bit for bit and keep their dtype. Where a grid does not fill its windows, other packages attend
     the padding: pass `padding="attend"` for their logits there.
 
     Args:
-        weights: a state dict, or a .safetensors, .pth, .pt, .bin or .ckpt file of one; one inside "model" or
+        weights: a state dict, or a .safetensors, .pth, .pt, .bin, .ckpt or .npz file of one; one inside "model" or
             "state_dict" is found. Pickles are read as plain data only.
-        source: official, timm, transformers, torchvision or mmpretrain; of a SimMIM file, official reads the encoder, and
-            simmim all of it: then the result is a `heads.pixels.MaskedImages`.
-        name: a preset; its window, sizes and depths must be the file's.
-        fields: of the configuration. `classes` follows from the file (0 where it has no head); 0 leaves its head out.
+        source: of a Swin official, timm, transformers, torchvision or mmpretrain; of a SimMIM file, official reads the
+            encoder, and simmim all of it: then the result is a `heads.pixels.MaskedImages`. Of a ViT timm, transformers
+            (ViT and SigLIP), big_vision or vision_transformer (the same: any file of either).
+        name: a preset; its window, patch, sizes and depths must be the file's.
+        fields: of the configuration. `classes` follows from the file (0 where it has no head); 0 leaves its head out. So
+            do a ViT's pooling, pre-logits and positions; its GELU, epsilon and way to resize positions are the source's.
 
     Returns:
         The model, in evaluation mode, on the device of the weights. Not loaded: buffers that follow from the
@@ -56,10 +57,17 @@ def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, na
         return simmim.put_together(encoder, state, where)
     config = model_config(name, **{"classes": 0, **fields})
     layout = _layout(source, config, state)
-    head = state.get(layout.head + ".weight")
+    try:
+        state = layout.enter(dict(state))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if layout.says:
+        config = model_config(name, **{**layout.says(state), "classes": 0, **fields})
+        layout = _layout(source, config, state)
+    head = state.get(layout.leaf(layout.head, "weight"))
     if "classes" not in fields and isinstance(head, Tensor):
         config = replace(config, classes=len(head))
-    dropped = layout.dropped if config.classes else (*layout.dropped, layout.head + ".*")
+    dropped = layout.dropped if config.classes else (*layout.dropped, f"{layout.head}[./]*")
     wanted = {key: tensor for key, tensor in state.items() if not any(fnmatchcase(key, pattern) for pattern in dropped)}
 
     model, rows, expected = _plan(layout, config)
@@ -67,7 +75,7 @@ def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, na
     if problems:
         hints = _hints(wanted, expected, source, name, {"classes": config.classes, **fields})
         raise ValueError("\n  ".join([f"{where} does not hold {name} in the layout of {source}:", *problems, *hints]))
-    for stage, learnt in learnt_windows(layout, config, state).items():
+    for stage, learnt in (learnt_windows(layout, config, state) if isinstance(config, SwinConfig) else {}).items():
         if learnt != config.pretrained_windows[stage]:
             raise ValueError(
                 f"{where}: the bias network of stage {stage + 1} learnt at windows of {learnt}, this model would read it as learnt at "
@@ -79,13 +87,14 @@ def convert(weights: Mapping[str, Any] | str | os.PathLike[str], source: str, na
     return model.eval()
 
 
-def export_weights(model: Swin | MaskedImages, target: str) -> dict[str, Tensor]:
+def export_weights(model: Net | MaskedImages, target: str) -> dict[str, Tensor]:
     """The inverse of `convert`: the model's weights as `target` names and keeps them, copies on the same device.
 
     A mask token is written by target simmim alone, which takes a `MaskedImages`; the others take nets without a use for one.
 
     timm, transformers and torchvision load the result strictly (torchvision with the buffers its files hold); the
-    official code and mmpretrain load it as their own loaders do, without the buffers that they rebuild.
+    official code and mmpretrain load it as their own loaders do, without the buffers that they rebuild. What big_vision and
+    vision_transformer read is a .npz: `numpy.savez(file, **{name: tensor.numpy() for name, tensor in weights.items()})`.
 
     Raises:
         ValueError: an unknown target, or a model that it cannot hold: a mixture of V1 and V2, a video model, further
@@ -98,20 +107,25 @@ def export_weights(model: Swin | MaskedImages, target: str) -> dict[str, Tensor]
     return _export(model, _layout(target, model.config, ()))
 
 
-def _export(model: Swin, layout: Layout) -> dict[str, Tensor]:
+def _export(model: Net, layout: Layout) -> dict[str, Tensor]:
     state = {key: tensor.detach() for key, tensor in model.state_dict().items() if not key.startswith("mask_token.")}
-    extra = buffers(layout, model.config) if layout.writes_buffers else {}
-    return {**to_theirs(expand(layout, model.config, state), state), **extra}
+    extra = buffers(layout, model.config) if layout.writes_buffers and isinstance(model, Swin) else {}
+    return {**layout.leave(to_theirs(expand(layout, model.config, state), state)), **extra}
 
 
-def _layout(source: str, config: SwinConfig, names: Any) -> Layout:
-    if source not in SOURCES:
-        raise ValueError(f"unknown source `{source}`; {nearest(source, (*SOURCES, 'simmim'))}")
-    version(config)
-    return SOURCES[source](replace(config, mask_token=False), names)
+def _layout(source: str, config: NetConfig, names: Any) -> Layout:
+    sources = VIT_SOURCES if isinstance(config, ViTConfig) else SOURCES
+    if source not in sources:
+        family = "ViT" if isinstance(config, ViTConfig) else "Swin"
+        raise ValueError(
+            f"unknown source `{source}` of a {family}; {nearest(source, (*sources, *(['simmim'] if family == 'Swin' else [])))}"
+        )
+    if not isinstance(config, ViTConfig):
+        version(config)
+    return sources[source](replace(config, mask_token=False), names)
 
 
-def _plan(layout: Layout, config: SwinConfig) -> tuple[Swin, list[Row], Shapes]:
+def _plan(layout: Layout, config: NetConfig) -> tuple[Net, list[Row], Shapes]:
     """The model without memory, its rows, and the shapes it expects by foreign name."""
     with torch.device("meta"):
         model = build(config)
@@ -135,12 +149,18 @@ def _problems(state: Mapping[str, Any], expected: Shapes) -> list[str]:
 
 def _hints(state: Mapping[str, Any], expected: Shapes, source: str, name: str, fields: dict[str, Any]) -> list[str]:
     """What the names and shapes say the file is."""
-    for preset in SWIN:
-        for other in SOURCES:
+    presets, sources = (SWIN, SOURCES) if name in SWIN else (VIT, VIT_SOURCES)
+    for preset in presets:
+        for other in sources:
             if (other, preset) != (source, name):
                 try:
                     config = model_config(preset, **fields)
-                    fits = not _problems(state, _plan(_layout(other, config, state), config)[2])
+                    layout = _layout(other, config, state)
+                    found = layout.enter(dict(state))
+                    if layout.says:
+                        config = model_config(preset, **{**layout.says(found), **fields})
+                        layout = _layout(other, config, found)
+                    fits = not _problems(found, _plan(layout, config)[2])
                 except ValueError:  # fields that this preset refuses, or norms without a name there
                     continue
                 if fits:
@@ -154,6 +174,16 @@ def _hints(state: Mapping[str, Any], expected: Shapes, source: str, name: str, f
     return []
 
 
+def _flax(config: ViTConfig, names: Any, *, old: bool) -> Layout:
+    return big_vision.layout(config, old=old and not names)
+
+
+VIT_SOURCES: dict[str, Callable[..., Layout]] = {
+    "timm": timm.vit_layout,
+    "transformers": transformers.vit_layout,
+    "big_vision": partial(_flax, old=False),
+    "vision_transformer": partial(_flax, old=True),
+}
 SOURCES: dict[str, Callable[..., Layout]] = {
     "official": official.layout,
     "timm": timm.layout,

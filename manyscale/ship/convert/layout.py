@@ -2,17 +2,18 @@
 
 A row pairs names of this package with names of another. A row of modules stands for their weight and bias. A side of
 several names is one tensor in as many equal parts along its first axis; `None` is a part of zeros. `columns` says in
-which order the other package keeps the last axis. Nothing else differs between the five layouts.
+which order the other package keeps the last axis. What else differs, `enter` evens out on the way in and `leave` restores on
+the way out: shapes of class tokens and positions, flax's kernels, names of older files.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from manyscale.config import SwinConfig
+from manyscale.config import NetConfig, SwinConfig, ViTConfig
 from manyscale.ops.positions import relative_coordinates, relative_index
 
 BUFFERS = ("*relative_coords_table", "*relative_position_index", "*attn_mask")
@@ -30,13 +31,28 @@ class Row(NamedTuple):
     columns: Callable[[int], Tensor] | None = None  # length -> (length,) places in our last axis, in their order
 
 
+State = dict[str, Tensor]
+
+
+def _as_it_is(state: State) -> State:
+    return state
+
+
+def _dotted(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}"
+
+
 class Layout(NamedTuple):
-    """How another package names and keeps the weights of a Swin."""
+    """How another package names and keeps the weights of a net."""
 
     rows: list[Row]
-    attention: str  # the name of the module that keeps the relative positions
+    attention: str = ""  # the name of the module that keeps a Swin's relative positions
     dropped: tuple[str, ...] = BUFFERS  # shell-style patterns of tensors that are not loaded
     writes_buffers: bool = False  # whether its own loader wants the relative positions in the file
+    enter: Callable[[State], State] = _as_it_is  # a file's tensors -> with the names and shapes that the rows expect
+    leave: Callable[[State], State] = _as_it_is  # the inverse
+    leaf: Callable[[str, str], str] = _dotted  # a module's name and `weight` or `bias` -> the tensor's
+    says: Callable[[State], dict[str, Any]] | None = None  # fields of the configuration that a file's tensors tell, after `enter`
 
     @property
     def head(self) -> str:
@@ -70,7 +86,7 @@ def version(config: SwinConfig) -> int:
     )
 
 
-def expand(layout: Layout, config: SwinConfig, ours: Iterable[str]) -> list[Row]:
+def expand(layout: Layout, config: NetConfig, ours: Iterable[str]) -> list[Row]:
     """The layout's rows for the parameters named `ours`, each with full names on both sides.
 
     Raises:
@@ -80,10 +96,12 @@ def expand(layout: Layout, config: SwinConfig, ours: Iterable[str]) -> list[Row]
     for place in _places(config):
         for row in layout.rows:
             here, there = (tuple(name and name.format(**place) for name in side) for side in (row.ours, row.theirs))
-            for leaf in ("", ".weight", ".bias"):
-                if f"{here[0]}{leaf}" in ours:
-                    here_leaf = tuple(name and name + leaf for name in here)
-                    found[here_leaf] = Row(here_leaf, tuple(name + leaf for name in there), row.columns)
+            if here[0] in ours:
+                found[here] = Row(here, there, row.columns)
+            for leaf in ("weight", "bias"):
+                if f"{here[0]}.{leaf}" in ours:
+                    here_leaf = tuple(name and f"{name}.{leaf}" for name in here)
+                    found[here_leaf] = Row(here_leaf, tuple(layout.leaf(name, leaf) for name in there), row.columns)
     homeless = sorted(ours - set(chain.from_iterable(found)))
     if homeless:
         hint = "; pass extra_norm_every=0" if any("extra_norm" in name for name in homeless) else ""
@@ -160,8 +178,10 @@ def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]  # the copy is made where the result is taken apart
 
 
-def _places(config: SwinConfig) -> list[dict[str, int]]:
-    """The numbers a name may hold: stage i, block j, and what other packages count instead."""
+def _places(config: NetConfig) -> list[dict[str, int]]:
+    """The numbers a name may hold: stage i, block j, and what other packages count instead; of a ViT, block i."""
+    if isinstance(config, ViTConfig):
+        return [{"i": i} for i in range(config.depth)]
     stages = len(config.depths)
     return [
         {"i": i, "j": j, "next": i + 1, "odd": 2 * i + 1, "even": 2 * i + 2, "last": stages - 1}
