@@ -1,6 +1,9 @@
 """Verbs that answer before you pay: plan, models, doctor."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -9,49 +12,127 @@ from tyro.conf import Positional
 from manyscale.cli.parsing import parse
 from manyscale.config import Size, SwinConfig, ViTConfig, Windows, nearest
 from manyscale.presets import list_models, model_config
+from manyscale.storage import write_json
+
+
+def _count(model: Positional[str], image_size: Size | None = None, window: Windows | None = None, classes: int | None = None) -> None:
+    """Parameters and multiply-adds by stage.
+
+    Args:
+        model: a preset, such as swinv2_tiny, a pattern, such as "swinv2*", or a paper's name, such as G/14.
+        image_size: pixels, where not the preset's.
+        window: tokens, likewise.
+        classes: of the head, likewise.
+    """
+    from manyscale.plan import count as counting
+
+    fields = {key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None}
+    for name in list_models(model) or [model]:
+        config = model_config(name, **fields)
+        header, *rows = counting.table(counting.count(config))
+        _print(_table(header, rows, right=3, title=name))
+        if isinstance(config, ViTConfig):
+            parameters, flops = counting.as_table_2(config)
+            print(f"as Table 2 of Scaling ViT counts (no pooling, no head, a multiply-add as two): {parameters:,} parameters, "
+                  f"{flops / 1e9:.1f} GFLOPs\n")  # fmt: skip
+
+
+def _laws(
+    files: Positional[tuple[str, ...]],
+    metric: str = "",
+    frontier: Literal["hull", "all"] = "hull",
+    budget: float | None = None,
+    unit: Literal["flops", "device-hours", "device-days"] = "flops",
+    tflops: float = 0.0,
+    bootstrap: int = 200,
+    out: str = "",
+) -> None:
+    """Fit a scaling law to finished runs, and ask it what a budget buys.
+
+    Args:
+        files: CSV or JSON tables, and folders of runs.
+        metric: the column or metric to fit, such as accuracy or inet10; empty: error or accuracy.
+        frontier: which runs count: the lower hull, or all that no other beats.
+        budget: compute, in the unit: which model, how many images, what error?
+        unit: of compute.
+        tflops: what a device really computes in a second, in 10^12: for hours and days (a TPUv3 core at 40 %: 24.6).
+        bootstrap: samples for the bands.
+        out: a folder for laws.json and laws.png.
+    """
+    from manyscale.plan import laws
+    from manyscale.plan.budget import advise
+    from manyscale.plan.runs import read_points
+
+    if not files:
+        raise ValueError("give at least one table or folder of runs")
+    if unit != "flops" and tflops <= 0:
+        raise ValueError(f"field `tflops`: compute in {unit} needs the rate of the device; give --tflops, such as 24.6 for a TPUv3 core")
+    per_unit = 1.0 if unit == "flops" else tflops * 1e12 * {"device-hours": 3600, "device-days": 86400}[unit]
+    points = read_points(files, metric, flops_per_unit=per_unit)
+    fit = laws.fit(points, frontier, bootstrap=bootstrap)
+    pairs = zip(fit.frontier, fit.residuals, strict=True)
+    rows = [
+        (p.model or p.label, f"{p.images:.3g}" if p.images else "", f"{p.compute:.4g}", f"{p.error:.2%}", f"{r:+.2%}") for p, r in pairs
+    ]
+    _print(
+        _table(
+            ("model", "images", unit, "error", "over the law"),
+            rows,
+            right=1,
+            title=f"{len(fit.frontier)} of {len(points)} runs ({frontier})",
+        )
+    )
+    print(f"\n{fit.law}   C in {unit}, rmse {100 * fit.rmse:.2f} points")
+    spreads = {name: fit.spread(name) for name in "abcd"} if fit.resampled else {}
+    if spreads:
+        print("95 % of the resampled laws: " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in spreads.items()))
+    advice = None if budget is None else advise(fit, budget, per_unit)
+    if advice:
+        low, high = advice.band
+        print(f"\n{budget:g} {unit}: error {advice.error:.1%} [{low:.1%}, {high:.1%}]")
+        print(f"  train {advice.model} on {advice.images:.3g} images" if advice.model else "  the runs do not say which model they were")
+        if advice.extrapolated:
+            print(f"  EXTRAPOLATED: {advice.extrapolated}; the band holds only if the law does")
+    if out:
+        from manyscale.plan.picture import draw
+
+        result = {"law": fit.law._asdict(), "bands": spreads, "rmse": fit.rmse, "frontier": [p._asdict() for p in fit.frontier]}
+        result |= {"residuals": fit.residuals, "unit": unit, "mode": frontier, "advice": advice._asdict() if advice else None}
+        write_json(Path(out) / "laws.json", result)
+        draw(points, fit, unit, Path(out) / "laws.png", advice)
+        print(f"\nwrote {out}/laws.json and laws.png")
+
+
+PLANS: dict[str, tuple[Callable[..., None], str]] = {
+    "count": (_count, "MODEL [--image-size ...] [--window ...] [--classes ...]"),
+    "laws": (_laws, "FILE|RUN ... [--metric ...] [--budget ...] [--out ...]"),
+}
 
 
 def plan(arguments: list[str]) -> None:
-    """Answers before you pay: `plan count MODEL` (parameters, GFLOPs by stage)."""
-
-    def count(model: Positional[str], image_size: Size | None = None, window: Windows | None = None, classes: int | None = None) -> None:
-        """Parameters and multiply-adds by stage.
-
-        Args:
-            model: a preset, such as swinv2_tiny, or a pattern, such as "swinv2*".
-            image_size: pixels, where not the preset's.
-            window: tokens, likewise.
-            classes: of the head, likewise.
-        """
-        from manyscale.plan import count as counting
-
-        fields = {
-            key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None
-        }
-        names = list_models(model) or [model]
-        for name in names:
-            config = model_config(name, **fields)
-            header, *rows = counting.table(counting.count(config))
-            table = Table(*header, title=name, title_justify="left", box=None, pad_edge=False)
-            for column in table.columns[3:]:
-                column.justify = "right"
-            for row in rows:
-                table.add_row(*row)
-            Console(highlight=False).print(table)
-            if isinstance(config, ViTConfig):
-                parameters, flops = counting.as_table_2(config)
-                print(f"as Table 2 of Scaling ViT counts (no pooling, no head, a multiply-add as two): {parameters:,} parameters, "
-                      f"{flops / 1e9:.1f} GFLOPs\n")  # fmt: skip
-
-    kinds: dict[str, Callable[..., None]] = {"count": count}
+    """Answers before you pay: `plan count MODEL` (parameters, GFLOPs), `plan laws FILE` (scaling laws)."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("manyscale plan count MODEL [--image-size ...] [--window ...] [--classes ...]")
+        print("\n".join(f"manyscale plan {name} {usage}" for name, (_, usage) in PLANS.items()))
         if not arguments:
-            raise ValueError(f"give what to plan: {', '.join(kinds)}")
+            raise ValueError(f"give what to plan: {', '.join(PLANS)}")
         return
-    if arguments[0] not in kinds:
-        raise ValueError(f"unknown plan `{arguments[0]}`; {nearest(arguments[0], kinds)}")
-    parse(kinds[arguments[0]], f"plan {arguments[0]}", arguments[1:])
+    if arguments[0] not in PLANS:
+        raise ValueError(f"unknown plan `{arguments[0]}`; {nearest(arguments[0], PLANS)}")
+    parse(PLANS[arguments[0]][0], f"plan {arguments[0]}", arguments[1:])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: int, title: str | None = None) -> Table:
+    """A plain table, its columns from the `right`th on flush right."""
+    table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
+    for column in table.columns[right:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def models(arguments: list[str]) -> None:
@@ -65,13 +146,13 @@ def models(arguments: list[str]) -> None:
         """
         from manyscale.plan.count import count
 
-        table = Table("name", "parameters", "GFLOPs", "image", "window", box=None, pad_edge=False)
+        rows = []
         for name in list_models(pattern):
             config = model_config(name)
             counted = count(config)
             window = str(config.window) if isinstance(config, SwinConfig) else ""
-            table.add_row(name, f"{counted.parameters:,}", f"{counted.macs / 1e9:.1f}", str(config.image_size), window)
-        Console(highlight=False).print(table)
+            rows.append((name, f"{counted.parameters:,}", f"{counted.macs / 1e9:.1f}", str(config.image_size), window))
+        _print(_table(("name", "parameters", "GFLOPs", "image", "window"), rows, right=1))
 
     parse(run, "models", arguments)
 
