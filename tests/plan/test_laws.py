@@ -96,13 +96,14 @@ def test_bands_hold_the_truth_and_repeat():
     assert fit(known(law, 30, seed=1), "all") == found
 
 
-points_strategy = st.lists(st.tuples(st.floats(1e-3, 1e6), st.floats(0.01, 1.0)), min_size=1, max_size=40, unique=True)
+# On a grid: two neighbouring floats have one logarithm, and no slope between them.
+points_strategy = st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 1000)), min_size=1, max_size=40, unique=True)
 
 
 @given(points_strategy)
 @settings(max_examples=200, deadline=None)
 def test_frontiers(pairs):
-    points = [Point(*pair) for pair in pairs]
+    points = [Point(compute, error / 1000) for compute, error in pairs]
     front, hull = frontier(points, "all"), frontier(points)
     for point in points:
         beaten = any(o.compute <= point.compute and o.error <= point.error and o != point for o in points)
