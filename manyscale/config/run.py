@@ -1,6 +1,7 @@
 """The settings of a training run: its data, augmentation, optimiser, schedule, and all of it as one `Run`."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,14 +81,18 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with the official parameter groups, and what surrounds its step."""
+    """The optimiser with the official parameter groups, and what surrounds its step."""
 
+    method: Literal["adamw", "adafactor", "sgd"] = "adamw"  # adafactor: as "Scaling Vision Transformers" modified it
+    momentum: Literal["float32", "bfloat16", "bfloat16-jax"] = "float32"  # how it is kept; -jax: with the original's rounding
     lr: float = 1e-3  # peak
-    min_lr: float = 1e-5  # at the end of the cosine
+    min_lr: float = 1e-5  # at the end of a cosine or line
     warmup_lr: float = 1e-6  # at the first step
     lr_batch: int = 0  # the three rates are per this many images and scale with the batch (the papers: 512); 0: as given
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05  # of matrices; every step takes rate x decay of a weight away, so a short run decays it less in all
+    head_decay: float | None = None  # of the classifier's matrix, where another than weight_decay (the ViT paper: 100 times that)
+    decay_rules: tuple[tuple[str, float], ...] = ()  # (pattern, decay): the first that matches a parameter's whole name decides
+    betas: tuple[float, float] = (0.9, 0.999)  # of momentum and squares; adafactor: its second grows up to this
     eps: float = 1e-8
     clip: float = 5.0  # gradient norm; 0: no clipping
     layer_decay: float = 1.0  # each block's rate over that of the next one towards the head
@@ -96,6 +101,10 @@ class Optim:
 
     def __post_init__(self) -> None:
         finite(self, "lr", "min_lr", "warmup_lr", "weight_decay", "eps", "clip", "layer_decay", "ema")
+        for name, value in [("head_decay", self.head_decay or 0.0), *(("decay_rules", decay) for _, decay in self.decay_rules)]:
+            require(0 <= value < math.inf, name, f"{value} must be a finite number, not negative")
+        for pattern, _ in self.decay_rules:
+            require(_compiles(pattern), "decay_rules", f"{pattern!r} is not a regular expression")
         for name in ("min_lr", "warmup_lr", "weight_decay", "clip", "lr_batch"):
             require(getattr(self, name) >= 0, name, f"{getattr(self, name)} must not be negative")
         require(self.lr > 0, "lr", f"{self.lr} must be positive, such as 0.001")
@@ -180,6 +189,13 @@ class Run:
     def folder(self) -> str:
         """Where the run is written."""
         return self.out or f"runs/{self.recipe or self.task}"
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
 
 
 def seconds(duration: str) -> float:

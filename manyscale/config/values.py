@@ -52,7 +52,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
         return from_dict(kind, value, where)
-    if origin is Literal and value in arguments:
+    if (origin is Literal and value in arguments) or (kind is type(None) and value is None):
         return value
     if origin in (Union, types.UnionType):
         if isinstance(value, dict) and all(map(dataclasses.is_dataclass, arguments)):  # the class that knows most of the fields

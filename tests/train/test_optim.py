@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from manyscale.config import Optim
 from manyscale.heads.pixels import MaskedImages
 from manyscale.tasks import Classify
 from manyscale.train.loop import _Training
-from manyscale.train.optim import groups, is_decayed, make_optimiser, set_rate
+from manyscale.train.optim import decays, groups, is_decayed, make_optimiser, set_rate
 
 MICRO = {"image_size": 32, "patch": 4, "window": 4, "width": 16, "depths": (2, 2), "heads": (2, 4), "classes": 5}
 
@@ -29,6 +30,39 @@ def test_the_official_simmim_mistake_is_off_and_has_a_name():
     extra = decayed(decay_position_bias=True) - decayed()
     assert extra == {n for n, p in model.named_parameters() if p.ndim > 1 and (".bias.fc" in n or "logit_scale" in n)}
     assert not any("mask_token" in n or n.endswith(("q_bias", "norm.weight")) for n in decayed(decay_position_bias=True))
+
+
+VIT = {"image_size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_width": 128, "classes": 7, "pool": "map", "mask_token": True}
+
+
+def test_a_vit_decays_kernels_only_and_its_head_on_its_own():
+    model = ms.create_model("vit_tiny_patch16", **VIT)
+    found = decays(model, Optim(weight_decay=0.03, head_decay=3.0))
+    assert {n for n, d in found.items() if d == 3.0} == {"head.weight"}  # not the MAP head, which is of the body
+    assert {n for n, d in found.items() if d == 0.03} == {n for n in found if n.endswith(".weight") and "norm" not in n} - {"head.weight"}
+    assert found["pool.mlp.fc1.weight"] == 0.03 and found["pool.probe"] == found["position"] == found["mask_token.token"] == 0
+    assert decays(model, Optim(weight_decay=0.03))["head.weight"] == 0.03
+    assert decays(model, Optim(weight_decay=0.03, head_decay=0.0))["head.weight"] == 0.0
+
+
+def test_the_first_rule_that_matches_decides():
+    model = ms.create_model("vit_tiny_patch16", **VIT)
+    rules = ((r"blocks\.0\..*", 0.5), (r"blocks\..*bias", 0.25), (r"position", 0.125))
+    found = decays(model, Optim(weight_decay=0.03, decay_rules=rules))
+    for name, decay in found.items():
+        by_rule = 0.5 if name.startswith("blocks.0.") else 0.25 if name.startswith("blocks") and name.endswith("bias") else None
+        by_rule = 0.125 if name == "position" else by_rule
+        assert by_rule is None or decay == by_rule, name
+    made = groups(model, Optim(decay_rules=rules, layer_decay=0.5))
+    assert sum(len(group["params"]) for group in made) == len(found)
+    for wrong in ("head", r"blocks\.0\.attention.*"):  # a part of a name only; all decided by an earlier rule
+        with pytest.raises(ValueError, match=rf"field `decay_rules`: .*{re.escape(repr(wrong))} matches no parameter"):
+            groups(model, Optim(decay_rules=(*rules, (wrong, 1.0))))
+    for wrong in (((".*", -1.0),), (("(", 0.1),), ((".*", float("nan")),)):
+        with pytest.raises(ValueError, match="field `decay_rules`"):
+            Optim(decay_rules=wrong)
+    with pytest.raises(ValueError, match="field `head_decay`"):
+        Optim(head_decay=-0.1)
 
 
 def names(model, group):
