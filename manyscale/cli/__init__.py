@@ -15,6 +15,7 @@ import manyscale
 from manyscale.cli.learning import demo, study, train
 from manyscale.cli.parsing import leave
 from manyscale.cli.planning import doctor, models, plan
+from manyscale.cli.probing import fewshot
 from manyscale.cli.using import compare, convert, evaluate, predict, transfer
 from manyscale.config import nearest
 from manyscale.recipes import RECIPES
@@ -60,6 +61,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "study": study,
     "compare": compare,
     "eval": evaluate,
+    "fewshot": fewshot,
     "predict": predict,
     "transfer": transfer,
     "convert": convert,

@@ -97,8 +97,8 @@ def train(arguments: list[str]) -> None:
         rest.remove("--tiny")
         recipe = tiny(recipe)
     run = parse(Run, f"train {name}", rest, default=recipe)
+    from manyscale.train.branches import train as learn
     from manyscale.train.loop import Stopped
-    from manyscale.train.loop import train as learn
 
     try:
         learn(run)

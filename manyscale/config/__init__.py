@@ -4,12 +4,14 @@ No torch here: recipes, planners and the command line read this room without pay
 Each class checks its own values when it is made; a `ValueError` names the field and the fix.
 """
 
+from manyscale.config.durations import Duration, in_steps, seconds
 from manyscale.config.nets import NetConfig, Size, SwinConfig, ViTConfig, Windows
-from manyscale.config.run import Augment, Input, Optim, Preprocess, Run, Schedule, SimMIM, seconds
+from manyscale.config.run import Augment, Input, Optim, Preprocess, Run, Schedule, SimMIM
 from manyscale.config.values import from_dict, nearest, to_dict
 
 __all__ = [
     "Augment",
+    "Duration",
     "Input",
     "NetConfig",
     "Optim",
@@ -22,6 +24,7 @@ __all__ = [
     "ViTConfig",
     "Windows",
     "from_dict",
+    "in_steps",
     "nearest",
     "seconds",
     "to_dict",

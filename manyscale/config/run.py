@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from manyscale.config.checks import finite, require
+from manyscale.config.durations import Duration, check_duration, parts, seconds
 from manyscale.config.nets import NetConfig, SwinConfig
 
 
@@ -116,27 +117,52 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long, and how the learning rate goes: linear warm-up, then a cosine over the rest, or steps down."""
+    """How long, and how the learning rate goes: linear warm-up, a curve over the rest, and perhaps a linear cooldown.
+
+    Durations are in epochs, or say their unit: 500-steps, 20k-steps, 1.5M-images, 5% (of the run).
+    """
 
     epochs: int = 300
-    warmup: float = 20.0  # epochs
-    milestones: tuple[float, ...] = ()  # epochs at which the rate falls to a tenth, instead of along a cosine
-    time: str = ""  # a budget such as 30m, 8h or 1h30m: `epochs` then follows from the measured speed
-    evaluate_every: int = 1  # epochs
+    length: str = ""  # instead of the epochs: a duration such as 20k-steps or 1B-images
+    time: str = ""  # a budget such as 30m, 8h or 1h30m: the number of steps then follows from the measured speed
+    warmup: Duration = 20.0
+    curve: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"  # after the warm-up; rsqrt: 1 / sqrt(1 + steps / timescale)
+    timescale: Duration = 0  # of rsqrt; 0: as long as the warm-up
+    cooldown: Duration = 0  # at the end, times a line down to zero: for rsqrt and constant, which do not know where the end is
+    branches: tuple[Duration, ...] = ()  # one run each of these lengths, with its cooldown, from one trunk that they share
+    milestones: tuple[float, ...] = ()  # epochs at which the rate falls to a tenth, instead of along a curve
+    evaluate_every: Duration = 1
     patience: int = 0  # stop after this many evaluations without a better one; 0: never
     save_minutes: float = 10.0  # between checkpoints; every evaluation saves one too
     save_steps: int = 0  # a checkpoint every so many steps besides; 0: none
     keep: int = 2  # checkpoints kept
 
     def __post_init__(self) -> None:
-        finite(self, "warmup", "save_minutes")
-        for name in ("epochs", "evaluate_every", "keep"):
+        finite(self, "save_minutes")
+        for name in ("epochs", "keep"):
             require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
+        check_duration("evaluate_every", self.evaluate_every, least=1)
+        for name in ("warmup", "timescale", "cooldown"):
+            check_duration(name, getattr(self, name))
+        for name, lengths in (("length", (self.length,) if self.length else ()), ("branches", self.branches)):
+            for length in lengths:
+                check_duration(name, length, least=1, percent=False)
         rising = list(self.milestones) == sorted(self.milestones) and all(0 < m < self.epochs for m in self.milestones)
         require(rising, "milestones", f"{self.milestones} must rise, within the {self.epochs} epochs")
-        for name in ("warmup", "patience", "save_minutes", "save_steps"):
+        for name in ("patience", "save_minutes", "save_steps"):
             require(getattr(self, name) >= 0, name, f"{getattr(self, name)} must not be negative")
         seconds(self.time)
+        if self.branches:
+            self._check_branches()
+
+    def _check_branches(self) -> None:
+        """See that the trunk does not depend on where a branch ends, so that a branch is what its run alone would be."""
+        require(self.curve in ("rsqrt", "constant") and not self.milestones, "curve", "a trunk of branches needs rsqrt or constant")
+        require(parts(self.cooldown)[0] > 0, "cooldown", "branches are cooldowns; give its duration, such as 20%")
+        require(not self.time and not self.patience, "time", "branches have lengths of their own: give neither time nor patience")
+        for name in ("warmup", "timescale", "evaluate_every"):
+            said = parts(getattr(self, name))[1] != "%"
+            require(said, name, f"per cent of which branch? {getattr(self, name)!r} must be in steps, epochs or images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,25 +222,3 @@ def _compiles(pattern: str) -> bool:
         return bool(re.compile(pattern))
     except re.error:
         return False
-
-
-def seconds(duration: str) -> float:
-    """A duration such as `90s`, `30m`, `8h` or `1h30m` in seconds; empty: infinity.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if not duration:
-        return math.inf
-    total, number = 0.0, ""
-    for letter in duration.strip().lower():
-        if letter.isdecimal() or letter == ".":
-            number += letter
-        elif letter in "dhms" and number.count(".") <= 1 and number.strip("."):
-            total, number = total + float(number) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[letter], ""
-        else:
-            break
-    else:
-        if not number and total > 0:
-            return total
-    raise ValueError(f"field `time`: {duration!r} is not a duration; write 90s, 30m, 8h or 1h30m")

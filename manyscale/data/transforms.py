@@ -49,11 +49,24 @@ class Fit(v2.Transform):
     def _box(self, across: int, down: int) -> tuple[float, float, float, float]:
         """The crop in the picture's own pixels, from the whole pixels of the resized one, rounded as torchvision rounds."""
         height, width = self.size
-        least_high, least_wide = round(height / self.crop_ratio), round(width / self.crop_ratio)
-        scale = max(least_high / down, least_wide / across)
-        high, wide = max(least_high, int(down * scale)), max(least_wide, int(across * scale))
+        high, wide = self._resized(across, down)
         top, left = round((high - height) / 2), round((wide - width) / 2)
         return left * across / wide, top * down / high, (left + width) * across / wide, (top + height) * down / high
+
+    def _resized(self, across: int, down: int) -> tuple[int, int]:
+        """Height and width of the whole picture when it has been resized."""
+        height, width = self.size
+        least_high, least_wide = round(height / self.crop_ratio), round(width / self.crop_ratio)
+        scale = max(least_high / down, least_wide / across)
+        return max(least_high, int(down * scale)), max(least_wide, int(across * scale))
+
+
+class Squash(Fit):
+    """As `Fit`, but the whole picture is first squashed to `size` / `crop_ratio`, its aspect not kept."""
+
+    def _resized(self, across: int, down: int) -> tuple[int, int]:
+        height, width = self.size
+        return round(height / self.crop_ratio), round(width / self.crop_ratio)
 
 
 class RandAugment(v2.RandAugment):
@@ -77,6 +90,11 @@ class RandAugment(v2.RandAugment):
 def eval_transform(pre: Preprocess) -> Transform:
     """What evaluation and prediction do: resize the short side to size / `crop_ratio`, centre crop, normalise."""
     return v2.Compose([Fit(pre.image_size, pre.crop_ratio, pre.interpolation), *_normalise(pre)])
+
+
+def few_shot_transform(pre: Preprocess) -> Transform:
+    """big_vision's few-shot evaluation: squash to 256/224 of the size, centre crop, normalise; `crop_ratio` is not looked at."""
+    return v2.Compose([Squash(pre.image_size, 224 / 256, pre.interpolation), *_normalise(pre)])
 
 
 def train_transform(pre: Preprocess, augment: Augment) -> Transform:

@@ -61,7 +61,6 @@ def simmim_swinv2_giant_70m() -> Run:
 
     The paper says neither where its cosine ends nor the drop path: both are 0 here.
     """
-    steps_per_epoch = 70e6 / 9216
     return Run(
         recipe="simmim_swinv2_giant_70m",
         task="simmim",
@@ -69,7 +68,7 @@ def simmim_swinv2_giant_70m() -> Run:
         input=Input(data="pictures"),
         augment=LIGHT,
         optim=Optim(lr=1.4e-3, min_lr=0.0, weight_decay=0.1, clip=100.0),
-        schedule=Schedule(epochs=20, warmup=30_000 / steps_per_epoch),
+        schedule=Schedule(epochs=20, warmup="30k-steps"),
         batch=9216,
     )
 

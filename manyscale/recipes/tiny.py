@@ -23,7 +23,7 @@ def tiny(run: Run) -> Run:
         schedule=replace(
             run.schedule,
             epochs=2,
-            warmup=min(run.schedule.warmup, 0.4),
+            warmup="20%",
             milestones=tuple(2 * epoch / run.schedule.epochs for epoch in run.schedule.milestones),
             evaluate_every=1,
         ),

@@ -23,8 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from manyscale.config import Run, to_dict
 from manyscale.storage import read_json, write_json
+from manyscale.train.branches import train
 from manyscale.train.folder import check_same
-from manyscale.train.loop import Stopped, train
+from manyscale.train.loop import Stopped
 
 PLAIN_SECONDS = 20.0  # between progress lines where the output is not a terminal
 

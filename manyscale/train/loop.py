@@ -25,7 +25,7 @@ from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkp
 from manyscale.train.folder import check_recipe, check_task, only_one
 from manyscale.train.log import Log
 from manyscale.train.optim import set_rate
-from manyscale.train.schedule import rate
+from manyscale.train.schedule import cooldown_steps, evaluation_steps, planned_steps, rate, total_rate
 from manyscale.train.state import State, pick_device, pick_precision
 
 CALIBRATION_STEPS = 15
@@ -41,11 +41,14 @@ class Stopped(RuntimeError):
         self.exit_code, self.diverged = exit_code, diverged
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, *, until: int = 0) -> dict[str, Any]:
     """Train a run, or go on with it where its folder holds one.
 
+    Args:
+        until: save and return after this step, if the run is longer; 0: never.
+
     Returns:
-        The summary, also in `summary.json`: best metrics, steps, seconds, files left out.
+        The summary, also in `summary.json`: best metrics, steps, seconds, files left out; empty for a run that goes on.
 
     Raises:
         ValueError: a recipe, folder or data set that cannot be used.
@@ -56,7 +59,7 @@ def train(run: Run) -> dict[str, Any]:
     with only_one(folder):
         check_task(folder, run)
         try:
-            return _Training(folder, TASKS[run.task](run), began).go()
+            return _Training(folder, TASKS[run.task](run), began, until or ENDLESS).go()
         except torch.OutOfMemoryError as error:
             advice = "the same batch in parts takes less: --accumulate 2, 4, ..."
             raise Stopped(f"out of memory: {str(error).splitlines()[0]}; {advice}", 1) from None
@@ -65,8 +68,8 @@ def train(run: Run) -> dict[str, Any]:
 class _Training:
     """One sitting of a run."""
 
-    def __init__(self, folder: Path, task: Any, began: float) -> None:
-        self.folder, self.task = folder, task
+    def __init__(self, folder: Path, task: Any, began: float, until: int = ENDLESS) -> None:
+        self.folder, self.task, self.until = folder, task, until
         self.device = pick_device(task.run.device)
         self.precision = pick_precision(task.run.precision, self.device)
         torch.manual_seed(task.run.seed)
@@ -98,15 +101,16 @@ class _Training:
             for note in notes:
                 self.log.note(note)
             if not self.clock.steps:
-                self.clock.steps = self.run.schedule.epochs * self.task.steps_per_epoch
+                self.clock.steps = planned_steps(self.run, self.task.steps_per_epoch)
                 if self.run.schedule.time:
                     self._calibrate()
+            cooldown_steps(self.run, self.clock.steps, self.task.steps_per_epoch)  # refuses one that is longer than the run
             self._introduce()
             try:
                 self._steps()
             finally:
                 self.log.curves()
-            return self._finish()
+            return self._finish() if self.clock.step >= self.clock.steps else {}
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
@@ -114,7 +118,7 @@ class _Training:
         clock, budget = self.clock, seconds(self.run.schedule.time)
         if self._evaluation_due():  # it was, when a signal came
             self._evaluate()
-        if clock.step >= clock.steps:
+        if clock.step >= min(clock.steps, self.until):
             return
         seen, since, losses = 0, time.monotonic(), []
         for batch in self.task.train_batches(clock.step, ENDLESS, self.device):
@@ -148,8 +152,10 @@ class _Training:
                 since, seen, losses = time.monotonic(), 0, []
             elif self._checkpoint_due():
                 self._save()
-            if clock.step >= clock.steps:
+            if clock.step >= min(clock.steps, self.until):
                 break
+        if clock.step < clock.steps:
+            self._save()
 
     def _step(self, batch: Any, lr: float) -> float:
         """One optimiser step at learning rate `lr`; its loss, the mean over the batch."""
@@ -234,7 +240,7 @@ class _Training:
         self.state = State(self.state.model, self.run.optim)
         self.state.clock = self.clock
         self.clock.seconds = time.monotonic() - self.began
-        per_step = statistics.median(times) + evaluation / (self.run.schedule.evaluate_every * self.task.steps_per_epoch)
+        per_step = statistics.median(times) + evaluation / evaluation_steps(self.run, self.clock.steps, self.task.steps_per_epoch)
         self.clock.steps = max(int((seconds(self.run.schedule.time) - self.clock.seconds) / per_step), 1)
 
     def _replan(self) -> None:
@@ -252,7 +258,8 @@ class _Training:
     # -- what is kept -----------------------------------------------------------------------------------------------------
 
     def _evaluation_due(self) -> bool:
-        clock, every = self.clock, self.run.schedule.evaluate_every * self.task.steps_per_epoch
+        clock = self.clock
+        every = evaluation_steps(self.run, clock.steps, self.task.steps_per_epoch)
         made = bool(clock.history) and clock.history[-1]["step"] == clock.step
         return clock.step > 0 and not made and (clock.step % every == 0 or clock.step >= clock.steps)
 
@@ -322,6 +329,10 @@ class _Training:
             f"{self.clock.steps:,} steps of {self.run.batch} ({self.clock.steps / self.task.steps_per_epoch:.1f} epochs), "
             f"{precision} on {self.device}"
         )
+        optim, total = self.run.optim, total_rate(self.run, self.clock.steps, self.task.steps_per_epoch)
+        head = "" if optim.head_decay is None else f", {total * optim.head_decay:.2g} of the head"
+        if optim.weight_decay or head:
+            self.log.note(f"{self.log.name}: sum of rate x weight decay over the run: {total * optim.weight_decay:.2g}{head}")
         for sentence in self.run.model.clipped:
             self.log.note(sentence)
         for path in self.task.splits.ignored:

@@ -79,7 +79,9 @@ class Adafactor(Lean):
             in one. Fused q, k and v of a ViT are (3, heads, d, C), factored over C and d for each head.
     """
 
-    def __init__(self, groups: Iterable[Any], *, lr: float, betas: tuple[float, float], momentum: Momentum, shapes: dict[Tensor, Any]) -> None:
+    def __init__(
+        self, groups: Iterable[Any], *, lr: float, betas: tuple[float, float], momentum: Momentum, shapes: dict[Tensor, Any]
+    ) -> None:
         self.shapes = shapes
         super().__init__(groups, lr=lr, betas=betas, momentum=momentum)
 

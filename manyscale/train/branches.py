@@ -1,0 +1,119 @@
+"""One trunk, many cooldowns: runs of several lengths for little more than the longest ("Scaling Vision Transformers", section 3.5).
+
+    OUT/trunk          the run without its end, as far as the last branching
+    OUT/20k-steps      a branch: the trunk's checkpoint, then its own cooldown. An ordinary run's folder
+    OUT/summary.json   how each branch ended, and what was computed in all
+
+Before its cooldown a run of rsqrt or constant rate does not know how long it is. So a branch is, bit for bit on a CPU, the
+run of its length trained alone.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from manyscale.config import Run, from_dict, in_steps, to_dict
+from manyscale.storage import read_json, write, write_json
+from manyscale.tasks import TASKS
+from manyscale.train import loop
+from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from manyscale.train.folder import check_recipe, only_one
+from manyscale.train.schedule import cooldown_steps, warmup_steps
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train a run, or the trunk and branches of one that has `branches`; go on with them where its folder holds them.
+
+    Returns:
+        The summary, also in `summary.json`. Of branches: `branches`, the summaries by name, `steps` computed in all, and
+        `steps_alone`, what the branches would have taken each on its own.
+
+    Raises:
+        ValueError, Stopped: as `loop.train`; branches that leave no trunk.
+    """
+    if not run.schedule.branches:
+        return loop.train(run)
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        if (folder / "recipe.json").exists():
+            check_recipe(folder, run)
+        steps_per_epoch = TASKS[run.task](run).steps_per_epoch
+        branches = _branches(run, steps_per_epoch)
+        write_json(folder / "recipe.json", to_dict(run))
+        starts = {name: length - cooldown for name, (length, cooldown) in branches.items()}
+        trunk, last = _trunk(run, max(starts.values())), max(starts.values())
+        summaries = {}
+        for name in sorted(branches, key=lambda name: starts[name]):
+            branch = _branch(run, name)
+            if not checkpoints(Path(branch.folder)):
+                loop.train(trunk, until=starts[name])
+                _seed(Path(trunk.folder), branch, branches[name][0])
+            summaries[name] = _finished(branch)
+        computed = last + sum(cooldown for _, cooldown in branches.values())
+        alone = sum(length for length, _ in branches.values())
+        summary = {"recipe": run.recipe, "task": run.task, "branches": summaries, "steps": computed, "steps_alone": alone}
+        write_json(folder / "summary.json", summary)
+        return summary
+
+
+def _branches(run: Run, steps_per_epoch: int) -> dict[str, tuple[int, int]]:
+    """Every branch by name: its length and its cooldown, in steps.
+
+    Raises:
+        ValueError: a cooldown that is the whole branch, two branches of one length, a warm-up that a short one would cut.
+    """
+    found = {}
+    for duration in run.schedule.branches:
+        length = max(in_steps(duration, steps=0, steps_per_epoch=steps_per_epoch, batch=run.batch), 1)
+        cooldown = cooldown_steps(run, length, steps_per_epoch)
+        if length in (other for other, _ in found.values()):
+            raise ValueError(f"field `branches`: {run.schedule.branches} names one length of {length:,} steps twice")
+        if not 0 < cooldown < length:
+            raise ValueError(
+                f"field `branches`: of {duration!r}, {length:,} steps, {cooldown:,} are cooldown: that leaves no trunk or no branch"
+            )
+        found[_name(duration)] = length, cooldown
+    if len(found) < len(run.schedule.branches):
+        raise ValueError(f"field `branches`: {run.schedule.branches} give two branches one name; say their lengths in one unit")
+    first = min(length - cooldown for length, cooldown in found.values())
+    if warmup_steps(run, first, steps_per_epoch) < warmup_steps(run, 10**12, steps_per_epoch):
+        raise ValueError(
+            f"field `warmup`: {run.schedule.warmup!r} are more than a fifth of the {first:,} steps before the first cooldown; "
+            "shorten the warm-up, or leave out the shortest branch"
+        )
+    return found
+
+
+def _name(duration: str | float) -> str:
+    return duration.strip().replace(" ", "-") if isinstance(duration, str) else f"{duration:g}-epochs"
+
+
+def _trunk(run: Run, length: int) -> Run:
+    schedule = replace(run.schedule, branches=(), cooldown=0, length=f"{length}-steps")
+    return replace(run, recipe=f"{run.recipe} trunk", schedule=schedule, out=f"{run.folder}/trunk")
+
+
+def _branch(run: Run, name: str) -> Run:
+    schedule = replace(run.schedule, branches=(), length=name)
+    return replace(run, recipe=f"{run.recipe} {name}", schedule=schedule, out=f"{run.folder}/{name}")
+
+
+def _seed(trunk: Path, branch: Run, length: int) -> None:
+    """Give a branch the trunk's state, and its word on how it came there; a killed seeding leaves no checkpoint and is done again."""
+    folder = Path(branch.folder)
+    folder.mkdir(exist_ok=True)
+    found = load_checkpoint(trunk, print)
+    if not found:
+        raise ValueError(f"{trunk}: no checkpoint is whole; remove {trunk.parent} and begin again")
+    tensors, values = found
+    whole = from_dict(Run, read_json(trunk / "recipe.json"), str(trunk / "recipe.json"))  # with what the data said about it
+    write_json(folder / "recipe.json", to_dict(replace(whole, recipe=branch.recipe, schedule=branch.schedule, out=branch.out)))
+    write(folder / "metrics.jsonl", (trunk / "metrics.jsonl").read_text())
+    values |= {"steps": length, "best": None, "best_step": 0, "stale": 0}  # weights before the cooldown are not the branch's
+    save_checkpoint(folder, values["step"], tensors, values)
+
+
+def _finished(branch: Run) -> dict[str, Any]:
+    file = Path(branch.folder) / "summary.json"
+    return read_json(file) if file.exists() else loop.train(branch)
