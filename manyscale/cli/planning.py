@@ -103,14 +103,39 @@ def _laws(
         print(f"\nwrote {out}/laws.json and laws.png")
 
 
+def _memory(model: Positional[str], classes: int | None = None, ema: bool = False) -> None:
+    """Weights, gradients and optimiser state of training, by optimiser.
+
+    Args:
+        model: a preset, a pattern, or a paper's name, as of `plan count`.
+        classes: of the head, where not the preset's.
+        ema: a moving average of the weights too.
+    """
+    from manyscale.plan.memory import METHODS, memory
+
+    for name in list_models(model) or [model]:
+        config = model_config(name, **({} if classes is None else {"classes": classes}))
+        rows = []
+        for method, half in METHODS:
+            found = memory(config, method, half=half, ema=ema)
+            sizes = (found.weights, found.gradients, found.optimiser, found.total)
+            rows.append(
+                (method, "bfloat16" if half else "float32", *(f"{size / 2**30:.2f}" for size in sizes), f"{found.per_parameter:.2f}")
+            )
+        header = ("method", "momentum", "weights", "gradients", "optimiser", "total GiB", "optimiser bytes / parameter")
+        _print(_table(header, rows, right=2, title=f"{name}: {found.parameters:,} parameters"))
+    print("activations come on top, with batch and image size")
+
+
 PLANS: dict[str, tuple[Callable[..., None], str]] = {
     "count": (_count, "MODEL [--image-size ...] [--window ...] [--classes ...]"),
+    "memory": (_memory, "MODEL [--classes ...] [--ema]"),
     "laws": (_laws, "FILE|RUN ... [--metric ...] [--budget ...] [--out ...]"),
 }
 
 
 def plan(arguments: list[str]) -> None:
-    """Answers before you pay: `plan count MODEL` (parameters, GFLOPs), `plan laws FILE` (scaling laws)."""
+    """Answers before you pay: `plan count MODEL` (parameters, GFLOPs), `plan memory MODEL`, `plan laws FILE` (scaling laws)."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("\n".join(f"manyscale plan {name} {usage}" for name, (_, usage) in PLANS.items()))
         if not arguments:

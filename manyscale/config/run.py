@@ -181,6 +181,23 @@ class SimMIM:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Few-shot evaluation while training: what the features know of classes they were not taught (`manyscale fewshot`)."""
+
+    probe: tuple[str, ...] = ()  # labelled sets, by name or folder, besides the run's own data; none: off
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    draws: int = 3  # of the few pictures, seeds 0, 1, ...
+    l2: float = 1024.0  # penalty of the regression; small nets want less
+    probe_every: int = 1  # evaluations; the last one counts always
+
+    def __post_init__(self) -> None:
+        require(len(self.shots) > 0 and min(self.shots) >= 1, "shots", f"{self.shots}: give one count or more, each at least 1")
+        for name in ("draws", "probe_every"):
+            require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
+        require(0 < self.l2 < math.inf, "l2", f"{self.l2} must be positive, such as 1024")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run, whole: the same values give the same weights."""
 
@@ -192,6 +209,8 @@ class Run:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     simmim: SimMIM = field(default_factory=SimMIM)  # where that is the task
+    fewshot: Probe = field(default_factory=Probe)
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # of classification; sigmoid: every class a question of its own, summed
     batch: int = 64  # images per step
     accumulate: int = 1  # backward passes per step; each takes batch / accumulate images
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes in it

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from manyscale.config import NetConfig, Run, from_dict, nearest
+from manyscale.config import NetConfig, Run, ViTConfig, from_dict, nearest
 from manyscale.plan.count import count
 from manyscale.plan.laws import Point
 from manyscale.presets import model_config
@@ -26,7 +26,8 @@ def read_points(paths: Sequence[str], metric: str = "", *, flops_per_unit: float
 
     A table has a row a run: `compute`, or `model` (a preset, or the paper's name such as B/16; then `image_size` may be
     given) with `images` or `steps` and `batch`; and the metric. Rows whose metric is empty are left out. A folder holds a
-    run, or runs below it, each with summary.json and recipe.json.
+    run, or runs below it, each with summary.json and recipe.json; of a trunk with branches the branches, since the trunk's
+    own rate never came down.
 
     Args:
         metric: the column, or the metric of an evaluation. Empty: `error` or `accuracy`, whichever is there. What is
@@ -39,29 +40,46 @@ def read_points(paths: Sequence[str], metric: str = "", *, flops_per_unit: float
     points: list[Point] = []
     for path in map(Path, paths):
         if path.is_dir():
-            folders = [path] if (path / "summary.json").exists() else sorted(file.parent for file in path.rglob("summary.json"))
+            folders = _folders(path)
             if not folders:
                 raise ValueError(f"{path}: no run here or below: no summary.json")
             points += [_of_run(folder, metric, flops_per_unit) for folder in folders]
         elif path.name == "summary.json":
-            points.append(_of_run(path.parent, metric, flops_per_unit))
+            points += [_of_run(folder, metric, flops_per_unit) for folder in _folders(path.parent)]
         else:
             points += _of_table(path, metric, flops_per_unit)
     return points
 
 
+def _folders(path: Path) -> list[Path]:
+    """The folders of finished runs at or below `path`."""
+    if not (path / "summary.json").exists():
+        below = sorted({file.parent for file in path.glob("*/**/summary.json")}, key=lambda folder: (len(folder.parts), folder))
+        first = [folder for folder in below if not any(other in folder.parents for other in below)]
+        return [found for folder in first for found in _folders(folder)]
+    branches = read_json(path / "summary.json").get("branches")
+    return [path] if branches is None else [path / name for name in branches]
+
+
 def _of_run(folder: Path, metric: str, flops_per_unit: float) -> Point:
     summary, recipe = read_json(folder / "summary.json"), folder / "recipe.json"
     run = from_dict(Run, read_json(recipe), str(recipe))
-    best = summary.get("last", {})
+    last = summary.get("last", {})  # not the best: what a run was before its end is no run of that compute
     name = metric or "accuracy"
-    if not isinstance(best.get(name), (int, float)):
+    if not isinstance(last.get(name), (int, float)):
         raise ValueError(
-            f"{folder}/summary.json: no metric `{name}`; {nearest(name, [key for key in best if key not in ('step', 'epoch')])}"
+            f"{folder}/summary.json: no metric `{name}`; {nearest(name, [key for key in last if key not in ('step', 'epoch')])}"
         )
     images = float(summary["steps"]) * run.batch
     compute = training_flops(run.model, images) / flops_per_unit
-    return Point(compute, _as_error(name, best[name], 1.0), run.recipe or folder.name, images, str(folder))
+    return Point(compute, _as_error(name, last[name], 1.0), _words(run.model), images, str(folder))
+
+
+def _words(net: NetConfig) -> str:
+    """A net in a few words."""
+    if isinstance(net, ViTConfig):
+        return f"ViT {net.width} x {net.depth}, patch {net.patch}, {net.image_size} px"
+    return f"Swin {net.width} x {'-'.join(map(str, net.depths))}, patch {net.patch}, {net.image_size} px"
 
 
 def _of_table(path: Path, metric: str, flops_per_unit: float) -> list[Point]:

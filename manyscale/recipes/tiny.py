@@ -2,34 +2,43 @@
 
 from dataclasses import replace
 
-from manyscale.config import Run
+from manyscale.config import NetConfig, Run, SwinConfig
 
 
 def tiny(run: Run) -> Run:
     """The same story in a CPU minute: to see that a recipe runs before paying for it.
 
-    The net shrinks to two stages, pictures to 32 px and the window to 4; the rates stay those of the recipe at batch 64.
-    A fine-tune starts from nothing, since the weights it wants are not there.
+    The net shrinks to two stages or blocks, pictures to 32 px and the window to 4; the rates stay those of the recipe at
+    batch 64. A fine-tune starts from nothing, since the weights it wants are not there; a trunk gets two short branches.
     """
-    model = replace(
-        run.model, image_size=32, patch=4, width=32, depths=(2, 2), heads=(2, 4), mlp_ratio=2.0,
-        window=4, pretrained_window=2 if run.model.pretrained_window else 0,
-    )  # fmt: skip
+    schedule = run.schedule
     return replace(
         run,
         recipe=f"{run.recipe}_tiny",
-        model=model,
-        input=replace(run.input, data="digits", workers=0),
+        model=_net(run.model),
+        input=replace(run.input, data="digits", share=1.0, workers=0),
         schedule=replace(
-            run.schedule,
+            schedule,
             epochs=2,
-            warmup="20%",
-            milestones=tuple(2 * epoch / run.schedule.epochs for epoch in run.schedule.milestones),
+            length="",
+            warmup="2-steps" if schedule.branches else "20%",
+            timescale=0,
+            cooldown="40%" if schedule.cooldown else 0,
+            branches=("1.5-epochs", "2-epochs") if schedule.branches else (),
+            milestones=tuple(2 * epoch / schedule.epochs for epoch in schedule.milestones),
             evaluate_every=1,
         ),
         simmim=replace(run.simmim, mask_unit=8, target_window=run.simmim.target_window and 15),
+        fewshot=replace(run.fewshot, probe=("digits",) if run.fewshot.probe else ()),
         optim=replace(run.optim, lr_batch=run.optim.lr_batch and 64),
         batch=64,
         accumulate=1,
         init="",
     )
+
+
+def _net(net: NetConfig) -> NetConfig:
+    if isinstance(net, SwinConfig):
+        return replace(net, image_size=32, patch=4, width=32, depths=(2, 2), heads=(2, 4), mlp_ratio=2.0,
+                       window=4, pretrained_window=2 if net.pretrained_window else 0)  # fmt: skip
+    return replace(net, image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64, pre_logits=net.pre_logits and 32)

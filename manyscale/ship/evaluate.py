@@ -59,7 +59,7 @@ def evaluate(
     order = _class_order(model, classes)
     chosen = pick_device(device)
     batches = eval_batches(source, eval_transform(model.preprocess), batch=batch, workers=worker_count(workers), policy=settings.bad_files)
-    return score(model.to(chosen), batches, chosen, pick_precision(precision, chosen), report, order)
+    return score(model.to(chosen), batches, chosen, pick_precision(precision, chosen), report, order, run.loss if run else "softmax")
 
 
 def _score_painting(

@@ -1,9 +1,9 @@
-"""Image classification: soft-label cross-entropy, top-1 and top-5."""
+"""Image classification: cross-entropy of soft labels, over all classes or of each on its own; top-1 and top-5."""
 
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,11 @@ class Classify(Pictures):
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of the batch."""
-        return F.cross_entropy(model(images).float(), targets)
+        return LOSSES[self.run.loss](model(images).float(), targets).mean()
 
     def evaluate(self, model: nn.Module, device: torch.device, precision: torch.dtype, report: Report) -> dict[str, float]:
         """Top-1 and top-5 accuracy and loss on the held-out split, over the files that could be read."""
-        return score(model, self.eval_batches(), device, precision, report)
+        return score(model, self.eval_batches(), device, precision, report, loss=self.run.loss)
 
     def save(self, model: Net, folder: Path) -> None:
         """Write a model with what prediction needs to know."""
@@ -76,11 +76,30 @@ class Classify(Pictures):
         draw_sheet([picture for picture, _ in shown], captions, path)
 
 
+def softmax_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of one distribution over the classes: (B, classes) twice -> (B,)"""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of every class, summed over them, as ViT's code has it: (B, classes) twice -> (B,)"""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
+
+
+LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+
+
 @torch.no_grad()
 def score(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, report: Report, classes: Tensor | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    precision: torch.dtype,
+    report: Report,
+    classes: Tensor | None = None,
+    loss: Literal["softmax", "sigmoid"] = "softmax",
 ) -> dict[str, float]:
-    """Top-1, top-5 and cross-entropy of a model over batches, every picture counted once.
+    """Top-1, top-5 and mean loss of a model over batches, every picture counted once.
 
     Args:
         classes: (K,) int64, the model's class for each of the set's, where the two are not in the same order.
@@ -100,14 +119,14 @@ def score(
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(batch.images.to(device)).float()
         ranks = (logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]).cpu()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([ranks[:, 0].sum(), ranks.any(-1).sum(), loss.cpu()]).double()
+        losses = LOSSES[loss](logits, F.one_hot(labels, logits.shape[-1]).float())
+        sums += torch.stack([ranks[:, 0].sum(), ranks.any(-1).sum(), losses.sum().cpu()]).double()
         count += len(labels)
     model.train(was_training)
     if not count:
         raise ValueError("no picture of the held-out split could be read; see bad_files.jsonl")
-    top1, top5, loss = (sums / count).tolist()
-    return {"accuracy": top1, "top5": top5, "val_loss": loss, "pictures": count}
+    top1, top5, mean = (sums / count).tolist()
+    return {"accuracy": top1, "top5": top5, "val_loss": mean, "pictures": count}
 
 
 def draw_sheet(pictures: list[Any], captions: list[tuple[str, bool | None]], path: Path | str, columns: int = 8) -> None:

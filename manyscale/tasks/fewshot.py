@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyscale.config import Preprocess
+from manyscale.config import Input, Preprocess, Run
 from manyscale.config.checks import require
-from manyscale.data.loader import eval_batches
-from manyscale.data.sources import Part, Source
+from manyscale.data.loader import eval_batches, worker_count
+from manyscale.data.sources import Part, Source, open_split
 from manyscale.data.transforms import Transform, few_shot_transform
 from manyscale.models import Net
 from manyscale.tasks.pictures import Report
@@ -337,6 +338,10 @@ class FewShot:
         _checked(self.shots, self.seeds, self.l2s)
         require(self.batch >= 1, "batch", f"{self.batch} must be at least 1")
 
+    def check(self) -> None:
+        """See that there are pictures enough before anything is computed. Raises as `draw`."""
+        draw([self.train.label(index) for index in range(len(self.train))], self.shots, 1, classes=self.classes, fewer=self.fewer)
+
     def __call__(
         self, model: Net, preprocess: Preprocess, device: torch.device, precision: torch.dtype, report: Report
     ) -> dict[str, float]:
@@ -373,3 +378,28 @@ class FewShot:
         picks = tuple(tuple(place[pick] for pick in seeds) for seeds in drawn.picks)
         whole = [torch.cat(parts) for parts in zip(*((each.features, each.labels) for each in seen), strict=True)]
         return drawn._replace(picks=picks), Embedded(*(whole or (torch.empty(0, 0), torch.empty(0))), np.flatnonzero(place >= 0))
+
+
+def probes(run: Run) -> dict[str, FewShot]:
+    """The evaluations that `run.fewshot` asks for, by the name of their set.
+
+    Raises:
+        ValueError: a set that is not there, without labels, or with too few pictures.
+    """
+    found = {}
+    for name in run.fewshot.probe:
+        settings = Input(data=name, bad_files=run.input.bad_files, max_pixels=run.input.max_pixels)
+        train, classes, _ = open_split(settings, "train", 0)
+        found[Path(name).name] = FewShot(
+            train=train,
+            test=open_split(settings, "val", 0).source,
+            classes=classes,
+            shots=run.fewshot.shots,
+            seeds=run.fewshot.draws,
+            l2s=(run.fewshot.l2,),
+            batch=run.batch,
+            workers=worker_count(run.input.workers),
+            policy=run.input.bad_files,
+        )
+        found[Path(name).name].check()
+    return found

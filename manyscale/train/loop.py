@@ -21,6 +21,7 @@ from manyscale.config import Run, seconds, to_dict
 from manyscale.data.loader import seed_from
 from manyscale.storage import write, write_json
 from manyscale.tasks import TASKS
+from manyscale.tasks.fewshot import probes
 from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tidy
 from manyscale.train.folder import check_recipe, check_task, only_one
 from manyscale.train.log import Log
@@ -72,6 +73,7 @@ class _Training:
         self.folder, self.task, self.until = folder, task, until
         self.device = pick_device(task.run.device)
         self.precision = pick_precision(task.run.precision, self.device)
+        self.probes = probes(task.run)
         torch.manual_seed(task.run.seed)
         model = task.model()
         self.run: Run = replace(task.run, model=model.config)
@@ -133,7 +135,7 @@ class _Training:
             if clock.seconds >= budget and clock.step < clock.steps:
                 self.log.note(f"{self.run.schedule.time} are over {clock.steps - clock.step} steps before the planned end")
                 clock.steps = clock.step
-            done = clock.step >= clock.steps
+            done = clock.step >= min(clock.steps, self.until)
             if losses and (clock.step % self.run.log_every == 0 or done):
                 spent = max(time.monotonic() - since, 1e-9)
                 left = (clock.steps - clock.step) * spent / len(losses)
@@ -267,7 +269,7 @@ class _Training:
         """Evaluate, keep the weights if they are the best, decide how to go on, and save."""
         clock, model = self.clock, self.state.final
         with self._eager():
-            metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file)
+            metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file) | self._probe(model)
         if not all(map(math.isfinite, metrics.values())):
             self._stop_bad("the evaluation's loss is not finite", ())
         value = metrics[self.task.metric]
@@ -291,6 +293,20 @@ class _Training:
             self._draw(model)
         self._replan()
         self._save()
+
+    def _probe(self, model: nn.Module) -> dict[str, float]:
+        """The few-shot accuracies of this evaluation, `{"SET 5shot": ...}`, where it is their turn."""
+        clock, found = self.clock, {}
+        turn = (len(clock.history) + 1) % self.run.fewshot.probe_every == 0 or clock.step >= clock.steps
+        encoder = getattr(model, "encoder", model)  # of a SimMIM net
+        for name, evaluation in self.probes.items() if turn else ():
+            try:
+                scores = evaluation(encoder, self.task.preprocess, self.device, self.precision, self.log.bad_file)
+            except ValueError as error:  # features that say nothing yet end no run
+                self.log.note(f"few-shot evaluation on {name} left out: {error}")
+                continue
+            found |= {f"{name} {shots}": accuracy for shots, accuracy in scores.items()}
+        return found
 
     def _draw(self, model: nn.Module) -> None:
         with self._eager():

@@ -189,7 +189,15 @@ def test_folders_of_runs(tmp_path):
         (folder / "summary.json").write_text(json.dumps({"steps": 100 * (place + 1), "last": {"accuracy": accuracy, "step": 1}}))
     points = read_points([str(tmp_path / "runs")])
     assert [p.error for p in points] == [0.5, 0.4] and [p.images for p in points] == [3200, 6400]
-    assert points[1].compute == training_flops(model, 6400) and points[1].model == "r1"
+    assert points[1].compute == training_flops(model, 6400) and points[1].model == "ViT 32 x 2, patch 8, 32 px"
+    family = tmp_path / "family"  # a trunk with branches: the branches
+    for name, steps in (("trunk", 150), ("100-steps", 100), ("200-steps", 200)):
+        (family / name).mkdir(parents=True)
+        (family / name / "recipe.json").write_text((folder / "recipe.json").read_text())
+        (family / name / "summary.json").write_text(json.dumps({"steps": steps, "last": {"accuracy": 0.7, "step": 1}}))
+    (family / "summary.json").write_text(json.dumps({"branches": {"100-steps": {}, "200-steps": {}}, "steps": 250}))
+    assert [p.images for p in read_points([str(family)])] == [3200, 6400]
+    assert [p.images for p in read_points([str(tmp_path)])] == [3200, 6400, 3200, 6400]
     with pytest.raises(ValueError, match="no metric `acuracy`; did you mean `accuracy`"):
         read_points([str(tmp_path / "runs" / "0")], "acuracy")
     with pytest.raises(ValueError, match="no run here or below"):

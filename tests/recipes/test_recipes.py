@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from manyscale.config import Run, from_dict, to_dict
+from manyscale.config import Run, SwinConfig, from_dict, to_dict
 from manyscale.presets import model_config
 from manyscale.recipes import RECIPES, tiny
+from manyscale.recipes.vit_ladder import SIZES
+from manyscale.train.branches import train as train_branches
 from manyscale.train.loop import train
 
 # recipe: image, window, epochs, warm-up, batch, peak, min and warm-up rate at that batch, decay, clip, drop path
@@ -73,7 +75,8 @@ def test_the_numbers_of_simmim():
 
 
 def test_every_recipe_is_listed_under_its_own_name_and_survives_json():
-    others = {"digits", "cifar10", "folder", "simmim_cifar10", "simmim_folder", "finetune"}
+    others = {"digits", "cifar10", "folder", "simmim_cifar10", "simmim_folder", "finetune", "vit_cifar10", "vit_giant_pretrain"}
+    others |= {"vit_finetune", *(f"vit_ladder_{size}" for size in SIZES)}
     assert set(TABLE) | others | {"simmim_imagenet_swinv2_base", "simmim_swinv2_giant_70m"} == set(RECIPES)
     for name, recipe in RECIPES.items():
         run = recipe()
@@ -85,15 +88,44 @@ def test_every_recipe_is_listed_under_its_own_name_and_survives_json():
 def test_the_tiny_twin_keeps_the_switches(name):
     run, twin = RECIPES[name](), tiny(RECIPES[name]())
     assert twin.augment == run.augment and twin.optim.weight_decay == run.optim.weight_decay
-    assert (twin.model.similarity, twin.model.norm, twin.model.bias) == (run.model.similarity, run.model.norm, run.model.bias)
-    assert bool(twin.model.pretrained_window) == bool(run.model.pretrained_window)
+    kept = ("similarity", "norm", "bias") if isinstance(run.model, SwinConfig) else ("pool", "position", "gelu", "head_bias")
+    assert all(getattr(twin.model, name) == getattr(run.model, name) for name in kept)
+    if isinstance(run.model, SwinConfig):
+        assert bool(twin.model.pretrained_window) == bool(run.model.pretrained_window)
+    else:
+        assert (twin.optim.method, twin.loss, twin.schedule.curve) == (run.optim.method, run.loss, run.schedule.curve)
+        assert bool(twin.schedule.branches) == bool(run.schedule.branches)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["folder", "imagenet_swinv2_base_window16", "imagenet_swinv2_large_window24_from22k", "simmim_swinv2_giant_70m", "finetune"],
+    [
+        "folder",
+        "imagenet_swinv2_base_window16",
+        "imagenet_swinv2_large_window24_from22k",
+        "simmim_swinv2_giant_70m",
+        "finetune",
+        "vit_giant_pretrain",
+        "vit_finetune",
+    ],
 )
 def test_the_tiny_twin_trains(name, tmp_path):
     twin = tiny(RECIPES[name]())
     summary = train(replace(twin, out=str(tmp_path), batch=359, precision="float32", schedule=replace(twin.schedule, epochs=1)))
     assert summary["steps"] == 4 and (Path(tmp_path) / "best" / "model.safetensors").exists()
+
+
+def test_the_ladder_s_twin_branches(tmp_path):
+    twin = tiny(RECIPES["vit_ladder_w64"]())
+    summary = train_branches(replace(twin, out=str(tmp_path), batch=120))
+    assert list(summary["branches"]) == ["1.5-epochs", "2-epochs"]
+    assert all(0 < branch["last"]["digits 5shot"] <= 1 for branch in summary["branches"].values())
+
+
+def test_vit_recipes_are_the_papers():
+    giant, tune = RECIPES["vit_giant_pretrain"](), RECIPES["vit_finetune"]()
+    assert (giant.model.width, giant.model.depth, giant.model.mlp_width, giant.model.patch, giant.model.pool) == (1408, 40, 6144, 14, "map")
+    assert (giant.optim.lr, giant.optim.weight_decay, giant.optim.head_decay, giant.optim.clip) == (8e-4, 0.03, 3.0, 1.0)
+    assert (giant.loss, giant.model.head_bias, giant.batch, giant.optim.method) == ("sigmoid", -10.0, 16_384, "adafactor")
+    assert (tune.optim.method, tune.optim.momentum, tune.optim.betas[0], tune.optim.weight_decay) == ("sgd", "bfloat16", 0.9, 0.0)
+    assert (tune.batch, tune.schedule.length, tune.schedule.warmup, tune.model.image_size) == (512, "20k-steps", "500-steps", 384)
