@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -207,6 +208,17 @@ def test_convert_brings_a_foreign_checkpoint_in(tmp_path, capsys):
     main(["convert", str(tmp_path / "timm.safetensors"), "--source", "timm", "--name", "swinv2_tiny", "--out", str(tmp_path / "m")])
     assert "swinv2_tiny" in capsys.readouterr().out
     assert ms.load(tmp_path / "m")(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    vit = ms.create_model("vit_tiny_patch16", classes=3, image_size=64, depth=1, pool="map")
+    numpy.savez(tmp_path / "vit.npz", **{k: v.numpy() for k, v in ms.export_weights(vit, target="big_vision").items()})
+    flags = ("--source", "big_vision", "--name", "vit_tiny_patch16", "--image-size", "64", "--statistics", "half")
+    assert "missing: " in refused(capsys, "convert", tmp_path / "vit.npz", *flags, "--out", tmp_path / "v")  # of twelve blocks
+    vit = ms.create_model("vit_tiny_patch16", classes=3, image_size=64, pool="map")
+    numpy.savez(tmp_path / "vit.npz", **{k: v.numpy() for k, v in ms.export_weights(vit, target="big_vision").items()})
+    main(["convert", str(tmp_path / "vit.npz"), *flags, "--out", str(tmp_path / "v")])
+    assert ms.load(tmp_path / "v").preprocess.mean == (0.5, 0.5, 0.5)
+    main(["transfer", str(tmp_path / "v"), "--image-size", "96", "--patch", "24", "--out", str(tmp_path / "w")])
+    assert "patches (16, 16) -> (24, 24)" in capsys.readouterr().out
+    assert ms.load(tmp_path / "w")(torch.randn(1, 3, 96, 96)).shape == (1, 3)
     (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half")
     assert "half.pth" in refused(
         capsys, "convert", tmp_path / "half.pth", "--source", "timm", "--name", "swinv2_tiny", "--out", tmp_path / "n"
@@ -224,4 +236,4 @@ def test_plan_and_models_print_the_papers_numbers(capsys):
 def test_doctor_finds_this_machine_well(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
-    assert "one step of Swin V2" in out and "FAIL" not in out
+    assert "one step of Swin V2" in out and "one step of ViT" in out and "FAIL" not in out

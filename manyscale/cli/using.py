@@ -11,10 +11,10 @@ from rich.table import Column, Table
 from tyro.conf import Positional
 
 from manyscale.cli.parsing import parse
-from manyscale.config import Preprocess, Size, Windows, to_dict
+from manyscale.config import Preprocess, Size, ViTConfig, Windows, to_dict
 from manyscale.storage import write, write_json
 
-Source = Literal["official", "timm", "transformers", "torchvision", "mmpretrain", "simmim"]
+Source = Literal["official", "timm", "transformers", "torchvision", "mmpretrain", "simmim", "big_vision", "vision_transformer"]
 
 
 def compare(arguments: list[str]) -> None:
@@ -194,15 +194,16 @@ def _print_predictions(answers: list[Any]) -> None:
 
 
 def transfer(arguments: list[str]) -> None:
-    """The same weights at another image size and window, nothing retrained."""
+    """The same weights at another image size and window or patch, nothing retrained."""
 
-    def run(model: Positional[str], image_size: Size, window: Windows | None = None, out: str = "") -> None:
+    def run(model: Positional[str], image_size: Size, window: Windows | None = None, patch: Size | None = None, out: str = "") -> None:
         """Lay a model out anew.
 
         Args:
             model: a run's folder or a folder with a model.
             image_size: pixels: one number, or height and width.
-            window: tokens; left out: as it is.
+            window: tokens, of a Swin; left out: as it is.
+            patch: pixels, of a ViT; left out: as it is.
             out: the new folder; empty: beside the old one.
         """
         from manyscale.models import load, save
@@ -210,13 +211,14 @@ def transfer(arguments: list[str]) -> None:
         from manyscale.ship.evaluate import recipe_of
 
         old, recipe = load(model), recipe_of(model)
-        new = move(old, image_size, window)
+        new = move(old, image_size, window, patch=patch)
         size = "x".join(map(str, new.config.size)) if len(set(new.config.size)) > 1 else str(new.config.size[0])
         folder = Path(out or f"{str(model).rstrip('/')}_{size}")
         save(new, folder)
         if recipe:
             write_json(folder / "recipe.json", to_dict(recipe))
-        print(f"windows {old.config.windows} -> {new.config.windows}")
+        what = "patches" if isinstance(new.config, ViTConfig) else "windows"
+        print(f"{what} {getattr(old.config, what)} -> {getattr(new.config, what)}")
         print("\n".join(new.config.clipped), end="\n" if new.config.clipped else "")
         print(f"wrote {folder}; score it with `manyscale eval {folder}`")
 
@@ -236,19 +238,23 @@ def convert(arguments: list[str]) -> None:
         pretrained_window: Windows | None = None,
         classes: int | None = None,
         crop_ratio: float = 0.875,
+        statistics: Literal["imagenet", "half"] = "imagenet",
+        interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic",
     ) -> None:
-        """Read a Swin checkpoint of another project.
+        """Read a Swin or ViT checkpoint of another project.
 
         Args:
-            file: .safetensors, or .pth, .pt, .bin, .ckpt (read without running code).
+            file: .safetensors, or .pth, .pt, .bin, .ckpt (read without running code), or .npz.
             source: whose layout it has; simmim: a SimMIM file with its mask token and decoder (official: its encoder alone).
-            name: the preset it is, such as swinv2_tiny.
+            name: the preset it is, such as swinv2_tiny, vit_tiny_patch16 or B/16.
             out: the folder to write.
             image_size: pixels it was trained at, where not the preset's.
             window: likewise.
             pretrained_window: the window its bias network learnt at, where it was fine-tuned at a larger one.
             classes: where the file's head does not say.
             crop_ratio: of the evaluation's centre crop; 0: squash.
+            statistics: mean and deviation of its pictures; half: 0.5 both, as most ViTs.
+            interpolation: how pictures are resized.
         """
         from manyscale.heads.pixels import MaskedImages, save_masked
         from manyscale.models import save
@@ -257,7 +263,8 @@ def convert(arguments: list[str]) -> None:
         fields = {"image_size": image_size, "window": window, "pretrained_window": pretrained_window, "classes": classes}
         model = read(file, source=source, name=name, **{key: value for key, value in fields.items() if value is not None})
         net = model.encoder if isinstance(model, MaskedImages) else model
-        net.preprocess = Preprocess(image_size=model.config.size, crop_ratio=crop_ratio)
+        numbers = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} if statistics == "half" else {}
+        net.preprocess = Preprocess(image_size=net.config.size, crop_ratio=crop_ratio, interpolation=interpolation, **numbers)
         (save_masked if isinstance(model, MaskedImages) else save)(model, out)
         print(f"wrote {out}: {name}, {sum(p.numel() for p in model.parameters()):,} parameters")
 

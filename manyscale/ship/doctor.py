@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import manyscale
-from manyscale.config import Optim, SwinConfig
+from manyscale.config import NetConfig, Optim, SwinConfig, ViTConfig
 from manyscale.models import build
 from manyscale.recipes import RECIPES
 from manyscale.tasks import TASKS
@@ -19,11 +19,12 @@ from manyscale.train.state import pick_device, pick_precision
 
 PACKAGES = ("torch", "torchvision", "safetensors", "pillow", "numpy", "scikit-learn", "tyro", "timm", "transformers", "tensorboard")
 MICRO = SwinConfig(image_size=32, patch=4, window=4, width=32, depths=(2, 2), heads=(2, 4), classes=10)
-FAMILIES = {
-    "Swin V1": {"similarity": "dot", "norm": "pre", "bias": "table", "merge_norm": "before"},
-    "Swin V2": {},
-    "Swin V2 for SimMIM": {"mask_token": True},
-    "Swin V2 on clips": {"image_size": (4, 32, 32), "patch": (2, 4, 4), "window": (2, 4, 4)},
+FAMILIES: dict[str, NetConfig] = {
+    "Swin V1": replace(MICRO, similarity="dot", norm="pre", bias="table", merge_norm="before"),
+    "Swin V2": MICRO,
+    "Swin V2 for SimMIM": replace(MICRO, mask_token=True),
+    "Swin V2 on clips": replace(MICRO, image_size=(4, 32, 32), patch=(2, 4, 4), window=(2, 4, 4)),
+    "ViT": ViTConfig(image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=128, pool="map", classes=10),
 }
 
 
@@ -47,8 +48,8 @@ def examine() -> Iterator[tuple[str, str, bool]]:
         spent = _time(lambda a=a: a @ a)
         chosen = " (chosen by --precision auto)" if pick_precision("auto", device) == precision else ""
         yield f"product in {str(precision).removeprefix('torch.')}", f"{2 * 512**3 / spent / 1e9:,.0f} GFLOP/s{chosen}", True
-    for family, switches in FAMILIES.items():
-        yield f"one step of {family}", *_one_step(switches, device)
+    for family, config in FAMILIES.items():
+        yield f"one step of {family}", *_one_step(config, device)
     run = RECIPES["digits"]()
     task = TASKS[run.task](run)
     start, count = time.perf_counter(), 0
@@ -58,9 +59,8 @@ def examine() -> Iterator[tuple[str, str, bool]]:
     yield "loader", f"{rate:,.0f} pictures/s (cached digits, augmented, in one process; files on disk are slower)", True
 
 
-def _one_step(switches: dict, device: torch.device) -> tuple[str, bool]:
+def _one_step(config: NetConfig, device: torch.device) -> tuple[str, bool]:
     torch.manual_seed(0)
-    config = replace(MICRO, **switches)
     model = build(config).to(device)
     optimiser = make_optimiser(model, Optim(lr=1e-3))
     x = torch.randn(8, 3, *config.size, device=device)

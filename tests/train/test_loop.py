@@ -25,7 +25,9 @@ COMPILE = torch.nn.Module.compile
 def fingerprint(folder: str) -> dict[str, str]:
     """The last state's tensors and the best weights, hashed."""
     tensors, _ = load_checkpoint(Path(folder), print)
-    state = hashlib.sha256(b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    state = hashlib.sha256(
+        b"".join(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in sorted(tensors))
+    ).hexdigest()
     return {"state": state, "best": hashlib.sha256((Path(folder) / "best" / "model.safetensors").read_bytes()).hexdigest()}
 
 
