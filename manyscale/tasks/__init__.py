@@ -1,10 +1,24 @@
 """What to learn: one file per task. A task opens its data, makes the net, turns a batch into a loss, evaluates, and draws.
 
 What the loop asks of one: `run`, `metric` and `better` (max or min), `steps_per_epoch`, `splits`, and the functions
-`describe`, `fingerprint`, `model`, `train_batches`, `targets`, `loss`, `evaluate`, `save`, `load`, `draw`.
+`of`, `describe`, `fingerprint`, `model`, `train_batches`, `targets`, `loss`, `evaluate`, `save`, `load`, `draw`.
 """
 
+from manyscale.config import Run
 from manyscale.tasks.classify import Classify
+from manyscale.tasks.fewshot import probes
+from manyscale.tasks.pictures import Pictures
 from manyscale.tasks.simmim import Pretrain
 
 TASKS = {"classify": Classify, "simmim": Pretrain}
+
+
+def open_task(run: Run) -> Pictures:
+    """The task of a run, with its data and few-shot evaluations (`probes`).
+
+    Raises:
+        ValueError: data that cannot be used.
+    """
+    task = TASKS[run.task](run)
+    task.probes = probes(run)
+    return task

@@ -388,7 +388,7 @@ def probes(run: Run) -> dict[str, FewShot]:
     """
     found = {}
     for name in run.fewshot.probe:
-        settings = Input(data=name, bad_files=run.input.bad_files, max_pixels=run.input.max_pixels)
+        settings = Input(data=name, bad_files=run.input.bad_files, max_pixels=run.input.max_pixels, cache=run.input.cache)
         train, classes, _ = open_split(settings, "train", 0)
         found[Path(name).name] = FewShot(
             train=train,

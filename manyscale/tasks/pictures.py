@@ -1,9 +1,10 @@
 """What tasks on pictures share: the set, its order, and what a checkpoint must find unchanged."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import xxhash
@@ -33,9 +34,21 @@ class Pictures:
             raise ValueError(f"field `image_size`: {run.model.image_size} makes a video model; this task takes pictures: height and width")
         self.splits = open_splits(run.input, run.seed, labelled=labelled)
         self.labels = self.splits.classes
-        self.run = replace(run, model=replace(run.model, classes=len(self.labels) if labelled else 0, mask_token=not labelled))
+        self.run = self._whole(run)
         self.preprocess = preprocess_for(run.input, self.run.model.size, self.splits.train)
+        self.probes: dict[str, Any] = {}  # few-shot evaluations by the name of their set: see `tasks.open_task`
         self.steps_per_epoch = steps_per_epoch(len(self.splits.train), run.batch)
+
+    def of(self, run: Run) -> Self:
+        """The same task on the same pictures, opened once, for a run that differs in how and how long it learns."""
+        other = copy.copy(self)
+        other.run = self._whole(run)
+        return other
+
+    def _whole(self, run: Run) -> Run:
+        """A run with what its data say about the net."""
+        labelled = bool(self.labels)
+        return replace(run, model=replace(run.model, classes=len(self.labels), mask_token=not labelled))
 
     def describe(self) -> str:
         """The set in words."""

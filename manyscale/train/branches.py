@@ -14,7 +14,8 @@ from typing import Any
 
 from manyscale.config import Run, from_dict, in_steps, to_dict
 from manyscale.storage import read_json, write, write_json
-from manyscale.tasks import TASKS
+from manyscale.tasks import open_task
+from manyscale.tasks.pictures import Pictures
 from manyscale.train import loop
 from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from manyscale.train.folder import check_recipe, only_one
@@ -38,18 +39,19 @@ def train(run: Run) -> dict[str, Any]:
     with only_one(folder):
         if (folder / "recipe.json").exists():
             check_recipe(folder, run)
-        steps_per_epoch = TASKS[run.task](run).steps_per_epoch
-        branches = _branches(run, steps_per_epoch)
+        task = open_task(run)
+        branches = _branches(run, task.steps_per_epoch)
         write_json(folder / "recipe.json", to_dict(run))
         starts = {name: length - cooldown for name, (length, cooldown) in branches.items()}
-        trunk, last = _trunk(run, max(starts.values())), max(starts.values())
+        last = max(starts.values())
+        trunk = _trunk(run, last + 1)  # a step more than it will be asked for: it comes to no end of its own
         summaries = {}
         for name in sorted(branches, key=lambda name: starts[name]):
             branch = _branch(run, name)
             if not checkpoints(Path(branch.folder)):
-                loop.train(trunk, until=starts[name])
+                loop.train(trunk, until=starts[name], task=task)
                 _seed(Path(trunk.folder), branch, branches[name][0])
-            summaries[name] = _finished(branch)
+            summaries[name] = _finished(branch, task)
         computed = last + sum(cooldown for _, cooldown in branches.values())
         alone = sum(length for length, _ in branches.values())
         summary = {"recipe": run.recipe, "task": run.task, "branches": summaries, "steps": computed, "steps_alone": alone}
@@ -109,11 +111,12 @@ def _seed(trunk: Path, branch: Run, length: int) -> None:
     tensors, values = found
     whole = from_dict(Run, read_json(trunk / "recipe.json"), str(trunk / "recipe.json"))  # with what the data said about it
     write_json(folder / "recipe.json", to_dict(replace(whole, recipe=branch.recipe, schedule=branch.schedule, out=branch.out)))
-    write(folder / "metrics.jsonl", (trunk / "metrics.jsonl").read_text())
+    if (trunk / "metrics.jsonl").exists():
+        write(folder / "metrics.jsonl", (trunk / "metrics.jsonl").read_text())
     values |= {"steps": length, "best": None, "best_step": 0, "stale": 0}  # weights before the cooldown are not the branch's
     save_checkpoint(folder, values["step"], tensors, values)
 
 
-def _finished(branch: Run) -> dict[str, Any]:
+def _finished(branch: Run, task: Pictures) -> dict[str, Any]:
     file = Path(branch.folder) / "summary.json"
-    return read_json(file) if file.exists() else loop.train(branch)
+    return read_json(file) if file.exists() else loop.train(branch, task=task)

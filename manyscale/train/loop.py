@@ -20,8 +20,8 @@ from torch import nn
 from manyscale.config import Run, seconds, to_dict
 from manyscale.data.loader import seed_from
 from manyscale.storage import write, write_json
-from manyscale.tasks import TASKS
-from manyscale.tasks.fewshot import probes
+from manyscale.tasks import open_task
+from manyscale.tasks.pictures import Pictures
 from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tidy
 from manyscale.train.folder import check_recipe, check_task, only_one
 from manyscale.train.log import Log
@@ -42,11 +42,12 @@ class Stopped(RuntimeError):
         self.exit_code, self.diverged = exit_code, diverged
 
 
-def train(run: Run, *, until: int = 0) -> dict[str, Any]:
+def train(run: Run, *, until: int = 0, task: Pictures | None = None) -> dict[str, Any]:
     """Train a run, or go on with it where its folder holds one.
 
     Args:
         until: save and return after this step, if the run is longer; 0: never.
+        task: of a run on the same data, whose opened pictures serve this one too.
 
     Returns:
         The summary, also in `summary.json`: best metrics, steps, seconds, files left out; empty for a run that goes on.
@@ -60,7 +61,7 @@ def train(run: Run, *, until: int = 0) -> dict[str, Any]:
     with only_one(folder):
         check_task(folder, run)
         try:
-            return _Training(folder, TASKS[run.task](run), began, until or ENDLESS).go()
+            return _Training(folder, task.of(run) if task else open_task(run), began, until or ENDLESS).go()
         except torch.OutOfMemoryError as error:
             advice = "the same batch in parts takes less: --accumulate 2, 4, ..."
             raise Stopped(f"out of memory: {str(error).splitlines()[0]}; {advice}", 1) from None
@@ -73,7 +74,6 @@ class _Training:
         self.folder, self.task, self.until = folder, task, until
         self.device = pick_device(task.run.device)
         self.precision = pick_precision(task.run.precision, self.device)
-        self.probes = probes(task.run)
         torch.manual_seed(task.run.seed)
         model = task.model()
         self.run: Run = replace(task.run, model=model.config)
@@ -299,7 +299,7 @@ class _Training:
         clock, found = self.clock, {}
         turn = (len(clock.history) + 1) % self.run.fewshot.probe_every == 0 or clock.step >= clock.steps
         encoder = getattr(model, "encoder", model)  # of a SimMIM net
-        for name, evaluation in self.probes.items() if turn else ():
+        for name, evaluation in self.task.probes.items() if turn else ():
             try:
                 scores = evaluation(encoder, self.task.preprocess, self.device, self.precision, self.log.bad_file)
             except ValueError as error:  # features that say nothing yet end no run
