@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/manyscale demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

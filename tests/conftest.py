@@ -7,7 +7,7 @@ import torch
 
 from manyscale.config import Augment, Input, Optim, Run, Schedule, SwinConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # `make test` has a process per core
 
 
 def loud(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -36,6 +36,9 @@ STUDIES = {
     "stability": "growing learning rates on a deep, narrow net (Figure 3)",
     "simmim": "from scratch against pre-trained, with few labels",
     "bias-maps": "the learnt biases as pictures (Figures 4 and 5)",
+    "scaling": "sizes x data x durations, their frontier and its law (Scaling ViT, Figures 2 and 3)",
+    "weight-decay": "decay of the head against that of the body (Scaling ViT, Figure 5 left)",
+    "heads": "class token, mean and MAP pooling, and what a token costs (Scaling ViT, Figure 5 right)",
 }
 
 
@@ -43,15 +46,22 @@ def study(arguments: list[str]) -> None:
     """A paper's claim in miniature: a grid of runs, a table, a picture."""
 
     def run(
-        name: Positional[str], data: str = "cifar10", seeds: int = 3, quick: bool = False, compile: bool = False, out: str = ""
+        name: Positional[str],
+        data: str = "",
+        probe: str = "",
+        seeds: int = 3,
+        quick: bool = False,
+        compile: bool = False,
+        out: str = "",
     ) -> None:
         """Run one study; the same command again goes on where it stopped.
 
         Args:
-            name: position-bias, norms, amplitudes, stability, simmim or bias-maps.
-            data: a set by name or folder, such as cifar10, tiny-imagenet or digits.
+            name: which; `manyscale study` lists them.
+            data: a set by name or folder, such as cifar10, tiny-imagenet or digits; empty: cifar10, of Scaling ViT tiny-imagenet.
+            probe: of Scaling ViT, a set of other classes for few-shot evaluation; empty: cifar10, or else tiny-imagenet.
             seeds: every net is trained from so many.
-            quick: a first look, at most 15 minutes of two cores, instead of at most 3 hours.
+            quick: a first look, at most 15 to 20 minutes of a processor, instead of up to some hours.
             compile: torch.compile every net: needs a C++ compiler or a GPU; pays where runs last more than a minute.
             out: its folder; empty: runs/studies/NAME-DATA, with -quick where that is asked for.
         """
@@ -59,13 +69,15 @@ def study(arguments: list[str]) -> None:
             raise ValueError(f"unknown study `{name}`; {nearest(name, STUDIES)}")
         if seeds < 1:
             raise ValueError(f"field `seeds`: {seeds} must be at least 1; 3 or more say something")
-        from manyscale.studies import Terms, run_study
+        from manyscale.studies import Terms, own_data, run_study
         from manyscale.train.loop import Stopped
 
+        data = data or own_data(name)
         folder = out or f"runs/studies/{name}-{Path(data).name}{'-quick' if quick else ''}"
-        command = f"manyscale study {name} --data {data} --seeds {seeds}{' --quick' if quick else ''}{' --compile' if compile else ''}"
+        flags = f"{f' --probe {probe}' if probe else ''} --seeds {seeds}{' --quick' if quick else ''}{' --compile' if compile else ''}"
+        command = f"manyscale study {name} --data {data}{flags}"
         try:
-            run_study(name, Terms(Path(folder), data, seeds, quick, compile, command=command))
+            run_study(name, Terms(Path(folder), data, probe, seeds, quick, compile, command=command))
         except Stopped as stopped:
             leave(str(stopped), stopped.exit_code)
 

@@ -1,8 +1,9 @@
 """A paper's claim in miniature: a grid of ordinary runs, a table, a picture. Nothing else imports this floor."""
 
+from dataclasses import replace
 from typing import Any
 
-from manyscale.studies import amplitudes, bias_maps, norms, position_bias, simmim, stability
+from manyscale.studies import amplitudes, bias_maps, heads, norms, position_bias, scaling, simmim, stability, weight_decay
 from manyscale.studies.study import Terms, begin
 
 STUDIES = {
@@ -12,7 +13,11 @@ STUDIES = {
     "stability": stability.study,
     "simmim": simmim.study,
     "bias-maps": bias_maps.study,
+    "scaling": scaling.study,
+    "weight-decay": weight_decay.study,
+    "heads": heads.study,
 }
+MANY_CLASSES = ("scaling", "weight-decay", "heads")  # learn from many classes, and ask about others
 
 
 def run_study(name: str, terms: Terms) -> dict[str, Any]:
@@ -21,5 +26,11 @@ def run_study(name: str, terms: Terms) -> dict[str, Any]:
     Raises:
         ValueError, Stopped: as `grid.run_grid`.
     """
+    terms = replace(terms, data=terms.data or own_data(name))
     begin(terms)
     return STUDIES[name](terms)
+
+
+def own_data(name: str) -> str:
+    """The set a study takes where none is given."""
+    return "tiny-imagenet" if name in MANY_CLASSES else "cifar10"

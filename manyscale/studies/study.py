@@ -30,7 +30,8 @@ class Terms:
     """How a study is asked for."""
 
     out: Path  # its folder; every run has one below it
-    data: str = "cifar10"
+    data: str = ""  # a set; empty: the study's own choice
+    probe: str = ""  # another set, for few-shot evaluation where the study has one; empty: likewise
     seeds: int = 3
     quick: bool = False  # at most 15 minutes of two cores, for a first look
     compile: bool = False  # the nets: see `Run.compile`

@@ -26,8 +26,8 @@ def train(run: Run) -> dict[str, Any]:
     """Train a run, or the trunk and branches of one that has `branches`; go on with them where its folder holds them.
 
     Returns:
-        The summary, also in `summary.json`. Of branches: `branches`, the summaries by name, `steps` computed in all, and
-        `steps_alone`, what the branches would have taken each on its own.
+        The summary, also in `summary.json`. Of branches: that of the longest, `branches`, the summaries by name, `steps`
+        computed in all, and `steps_alone`, what the branches would have taken each on its own.
 
     Raises:
         ValueError, Stopped: as `loop.train`; branches that leave no trunk.
@@ -54,7 +54,9 @@ def train(run: Run) -> dict[str, Any]:
             summaries[name] = _finished(branch, task)
         computed = last + sum(cooldown for _, cooldown in branches.values())
         alone = sum(length for length, _ in branches.values())
-        summary = {"recipe": run.recipe, "task": run.task, "branches": summaries, "steps": computed, "steps_alone": alone}
+        longest = summaries[max(branches, key=lambda name: branches[name][0])]
+        summary = {"recipe": run.recipe, "task": run.task, "best": longest["best"], "last": longest["last"], "seconds": longest["seconds"]}
+        summary |= {"branches": summaries, "steps": computed, "steps_alone": alone}
         write_json(folder / "summary.json", summary)
         return summary
 

@@ -19,10 +19,14 @@ from manyscale.studies.bias_maps import bias_map, roughness
 from manyscale.studies.fate import VisibleMean, fate, fate_cell, guessed_accuracy, guessed_painting
 from manyscale.studies.grid import Outcome
 from manyscale.studies.study import begin, cell, compare, compare_ratio, describe, half_width, provenance, small
-from manyscale.train.loop import Stopped, train
+from manyscale.studies.vits import vit
+from manyscale.train.branches import train
+from manyscale.train.loop import Stopped
+from manyscale.train.schedule import total_rate
 from tests.conftest import loud
 
-FALLEN = {"log-cpb seed 1", "res-post-cosine seed 1", "V1 slim seed 1", "pre-train seed 1", "scratch-1-rate0.001 seed 0"}
+FALLEN = {"log-cpb seed 1", "res-post-cosine seed 1", "V1 slim seed 1", "pre-train seed 1", "scratch-1-rate0.001 seed 0",
+          "w32 on 100% seed 1", "body4-head4 seed 1", "gap-decay0.3 seed 1"}  # fmt: skip
 
 
 @pytest.fixture
@@ -59,10 +63,24 @@ def quickly(monkeypatch, tmp_path):
     monkeypatch.setattr("manyscale.studies.amplitudes.PRESETS", {"V1": ("swin_tiny",), "V2": ("swinv2_tiny", "swinv2_giant")})
     monkeypatch.setattr("manyscale.studies.amplitudes._free_memory", lambda: 2**30)
     monkeypatch.setattr("manyscale.studies.bias_maps.SIZES", ((32, 4), (64, 8)))
+
+    def tiny_vit(terms, sets, size, **options):
+        run = vit(terms, sets, size, **options)
+        width = int(size[1:]) // 8
+        model = replace(run.model, width=width, depth=1, heads=1, mlp_width=width, patch=16)
+        return replace(run, model=model, batch=350, fewshot=replace(run.fewshot, draws=1, shots=(5, 10, 25)), log_every=1)
+
     for module in ("amplitudes", "bias_maps", "norms", "position_bias", "simmim", "stability"):
-        monkeypatch.setattr(f"manyscale.studies.{module}.run_grid", here)
         monkeypatch.setattr(f"manyscale.studies.{module}.small", tiny)
-    terms = Terms(tmp_path / "study", data="digits", seeds=2, quick=True, console=Console(quiet=True), command="manyscale study")
+    for module in ("scaling", "weight_decay", "heads"):
+        monkeypatch.setattr(f"manyscale.studies.{module}.vit", tiny_vit)
+    for module in ("amplitudes", "bias_maps", "norms", "position_bias", "simmim", "stability", "scaling", "weight_decay", "heads"):
+        monkeypatch.setattr(f"manyscale.studies.{module}.run_grid", here)
+    lengths = ("1k-images", "2k-images")
+    monkeypatch.setattr("manyscale.studies.scaling.QUICK", {"w32": lengths, "w64": lengths, "w128": lengths[:1]})
+    terms = Terms(
+        tmp_path / "study", data="digits", probe="digits", seeds=2, quick=True, console=Console(quiet=True), command="manyscale study"
+    )
     return terms, ran
 
 
@@ -146,6 +164,36 @@ def maps_of_every_bias(ran: list[Run], result: dict) -> None:
     assert set(result["values"]) >= {"table, window 4, first block", "log-cpb, window 8, last block"}
 
 
+def a_ladder(ran: list[Run], result: dict) -> None:
+    runs = {run.recipe: run for run in ran}
+    assert len(ran) == 2 * (3 + 2)  # the largest on all pictures only
+    assert alike(runs["w32 on 25% seed 0"], runs["w32 on 100% seed 0"], "share")
+    assert alike(runs["w32 on 100% seed 0"], runs["w64 on 100% seed 0"], "width", "mlp_width", "lr")
+    found = result["values"]["w32, 1, 2k-images"]
+    assert found["compute"] == pytest.approx(2 * result["values"]["w32, 1, 1k-images"]["compute"])
+    assert found["top1"][1] is None and 0 < found["top1"][0] < 1 and 0 < found["10-shot"][0] < 1
+    assert result["tables"][0]["rows"][2][-1] == ""  # w128 was not asked for so long
+    assert "none: " in result["tables"][2]["rows"][0][2]  # five points of a net of a second make no law; and it says so
+    assert "times as many" in result["findings"][-1]
+
+
+def two_decays(ran: list[Run], result: dict) -> None:
+    runs = {run.recipe: run for run in ran}
+    assert len(ran) == 2 * 3 * 2
+    weak, strong = runs["body0.3-head0.3 seed 0"], runs["body0.3-head40 seed 0"]
+    assert alike(weak, strong, "head_decay") and strong.optim.head_decay == pytest.approx(weak.optim.head_decay * 40 / 0.3)
+    steps, each = 58, 4  # 20,000 images of 1,438, in batches of 350
+    assert total_rate(weak, steps, each) * weak.optim.weight_decay == pytest.approx(0.3)
+    assert result["values"]["body 4, head 4"]["upstream"][1] is None
+
+
+def pools_and_layers(ran: list[Run], result: dict) -> None:
+    runs = {run.recipe: run for run in ran}
+    assert alike(runs["token-decay40 seed 1"], runs["map-decay40 seed 1"], "pool")
+    padding = result["values"]["padding"]
+    assert padding["time"] == padding["257"] / padding["256"] > 0.5 and result["tables"][1]["rows"][1][:2] == ("257", "384")
+
+
 CHECKS = {
     "position-bias": position_biases,
     "norms": norm_placements,
@@ -153,6 +201,9 @@ CHECKS = {
     "stability": rates_that_break,
     "simmim": few_labels,
     "bias-maps": maps_of_every_bias,
+    "scaling": a_ladder,
+    "weight-decay": two_decays,
+    "heads": pools_and_layers,
 }
 
 
