@@ -43,7 +43,7 @@ def study(terms: Terms) -> dict[str, Any]:
     """Trunks with branches for every size, share and seed; then tables, law and pictures."""
     sets, plan = upstream(terms), QUICK if terms.quick else FULL
     seeds = range(terms.seeds)
-    families = [(size, share) for share in SHARES for size in plan if share == 1.0 or size != _largest(plan)]
+    families = [(size, share) for size in plan for share in SHARES if share == 1.0 or size != _largest(plan)]
     asked = [(family, seed) for family in families for seed in seeds]
     runs = [run(terms, sets, plan, *family, seed) for family, seed in asked]
     outcomes = dict(zip(asked, run_grid(runs, terms.console), strict=True))
