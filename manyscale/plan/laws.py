@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 LEAST = 4  # points on the frontier: as many as the law has numbers
+RESAMPLING = 50  # evaluations that the law of a resampled frontier is looked for with, from the law of the whole
 FLOOR = 0.99  # of the smallest error: an irreducible error that comes closer says that the points do not bend yet
 
 Frontier = Literal["hull", "all"]
@@ -91,10 +92,13 @@ def _turn(a: Point, b: Point, c: Point) -> float:
     return float((bx - ax) * (cy - ay) - (by - ay) * (cx - ax))
 
 
-def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 200, seed: int = 0) -> Fit:
+def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 200, seed: int = 0, near: Law | None = None) -> Fit:
     """The law of the runs' frontier.
 
     Least squares on the error itself. Bands: the runs are drawn again with replacement, and frontier and law found anew.
+
+    Args:
+        near: look from this law on only, quickly: for other draws of the same runs.
 
     Raises:
         ValueError: points that cannot support a fit, with the reason.
@@ -106,7 +110,7 @@ def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 20
             f"{len(front)} of {len(points)} runs are on the frontier ({mode}); a law of four numbers needs at least {LEAST}: "
             "train more sizes and durations" + (", or take every run that is not dominated: --frontier all" if mode == "hull" else "")
         )
-    law = _least_squares(front, _starts(front))
+    law = _least_squares(front, [near], RESAMPLING) if near else _least_squares(front, _starts(front))
     smallest = min(point.error for point in front)
     if law.c >= FLOOR * smallest * 0.999:
         raise ValueError(
@@ -118,7 +122,7 @@ def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 20
     for _ in range(bootstrap):
         drawn = frontier([points[index] for index in random.integers(0, len(points), len(points))], mode)
         if len(drawn) >= LEAST:
-            resampled.append(_least_squares(drawn, [law], patience=50))
+            resampled.append(_least_squares(drawn, [law], RESAMPLING))
     if bootstrap and len(resampled) < bootstrap / 4:
         raise ValueError(
             f"only {len(resampled)} of {bootstrap} bootstrap samples have {LEAST} points on the frontier: too few runs carry it for a "

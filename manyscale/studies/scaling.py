@@ -129,7 +129,7 @@ def fit(values: dict[Case, Values], compute: dict[Case, float]) -> Fit | str:
         random, resampled = np.random.default_rng(0), []
         for _ in range(RESAMPLED if seeds > 1 else 0):
             try:
-                resampled.append(laws.fit(points(random.integers(0, seeds, seeds).tolist()), mode, bootstrap=0).law)
+                resampled.append(laws.fit(points(random.integers(0, seeds, seeds).tolist()), mode, bootstrap=0, near=law.law).law)
             except ValueError:
                 continue
         return law._replace(resampled=resampled)
@@ -140,7 +140,8 @@ def _law_row(name: str, found: Fit | str) -> tuple[str, ...]:
     if isinstance(found, str):
         return name, "", f"none: {found}", "", ""
     spread = "{:.2f} to {:.2f} ({} of {} draws)".format(*found.spread("b"), len(found.resampled), RESAMPLED) if found.resampled else ""
-    return name, f"{len(found.frontier)} points, {found.mode}", str(found.law), f"{100 * found.rmse:.2f} points", spread
+    few = ": as many points as numbers, so no test of the law" if len(found.frontier) == laws.LEAST else ""
+    return name, f"{len(found.frontier)} points, {found.mode}{few}", str(found.law), f"{100 * found.rmse:.2f} points", spread
 
 
 def _section(title: str, plan: dict[str, Any], families: list[tuple[str, float]], values: dict[Case, Values]) -> Section:
