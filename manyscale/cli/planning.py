@@ -88,8 +88,8 @@ def _laws(
         print("95 % of the resampled laws: " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in spreads.items()))
     advice = None if budget is None else advise(fit, budget, per_unit)
     if advice:
-        low, high = advice.band
-        print(f"\n{budget:g} {unit}: error {advice.error:.1%} [{low:.1%}, {high:.1%}]")
+        band = " [{:.1%}, {:.1%}]".format(*advice.band) if advice.band else ""
+        print(f"\n{budget:g} {unit}: error {advice.error:.1%}{band}")
         print(f"  train {advice.model} on {advice.images:.3g} images" if advice.model else "  the runs do not say which model they were")
         if advice.extrapolated:
             print(f"  EXTRAPOLATED: {advice.extrapolated}; the band holds only if the law does")

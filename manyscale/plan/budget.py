@@ -14,7 +14,7 @@ class Advice(NamedTuple):
 
     compute: float  # the budget, in the fit's unit
     error: float
-    band: tuple[float, float]  # 95 %, of the bootstrap
+    band: tuple[float, float] | None  # 95 %, of the bootstrap
     model: str  # empty where the runs do not say which model they were
     images: float
     extrapolated: str  # empty, or by how much the budget lies outside the runs

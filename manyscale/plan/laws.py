@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 LEAST = 4  # points on the frontier: as many as the law has numbers
+STEEPEST = 2.0  # exponent; published ones are below one
 RESAMPLING = 50  # evaluations that the law of a resampled frontier is looked for with, from the law of the whole
 FLOOR = 0.99  # of the smallest error: an irreducible error that comes closer says that the points do not bend yet
 
@@ -52,8 +53,10 @@ class Fit(NamedTuple):
     resampled: list[Law]  # one for each bootstrap sample that could be fitted
     mode: Frontier
 
-    def band(self, compute: float, share: float = 0.95) -> tuple[float, float]:
-        """Where the middle `share` of the bootstrap laws put the error at a compute."""
+    def band(self, compute: float, share: float = 0.95) -> tuple[float, float] | None:
+        """Where the middle `share` of the bootstrap laws put the error at a compute; None where there are none."""
+        if not self.resampled:
+            return None
         found = [float(law.error(compute)) for law in self.resampled]
         low, high = np.quantile(found, [(1 - share) / 2, (1 + share) / 2])
         return float(low), float(high)
@@ -117,6 +120,11 @@ def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 20
             f"the fit puts the irreducible error at its bound, {law.c:.4g} of a smallest error of {smallest:.4g}: the points flatten "
             "too soon to tell it from the power law; train longer or larger, or leave out runs that over-fit"
         )
+    if law.b > STEEPEST:
+        raise ValueError(
+            f"the fit's exponent is {law.b:.1f}: these errors fall faster the later it is, which no power law does; the small runs are "
+            "too short or badly set, or a run is missing; look at --metric and at each size's own curve"
+        )
     residuals = [point.error - float(law.error(point.compute)) for point in front]
     random, resampled = np.random.default_rng(seed), []
     for _ in range(bootstrap):
@@ -126,7 +134,7 @@ def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 20
     if bootstrap and len(resampled) < bootstrap / 4:
         raise ValueError(
             f"only {len(resampled)} of {bootstrap} bootstrap samples have {LEAST} points on the frontier: too few runs carry it for a "
-            "band; train more, or take --frontier all"
+            "band; train more" + (", or take --frontier all" if mode == "hull" else ", or ask for no bands: --bootstrap 0")
         )
     rmse = float(np.sqrt(np.mean(np.square(residuals))))
     return Fit(law, front, residuals, rmse, resampled, mode)

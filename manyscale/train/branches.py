@@ -58,6 +58,7 @@ def train(run: Run) -> dict[str, Any]:
         summary = {"recipe": run.recipe, "task": run.task, "best": longest["best"], "last": longest["last"], "seconds": longest["seconds"]}
         summary |= {"branches": summaries, "steps": computed, "steps_alone": alone}
         write_json(folder / "summary.json", summary)
+        print(f"{run.recipe}: {len(branches)} branches in {folder}, {computed:,} steps in all; each on its own, {alone:,}")
         return summary
 
 

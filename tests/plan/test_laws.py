@@ -246,3 +246,13 @@ def test_the_command_answers_in_two_seconds_without_torch(tmp_path):
     result = json.loads((out / "laws.json").read_text())
     assert result["unit"] == "device-days" and result["advice"]["model"] and len(result["residuals"]) == len(result["frontier"])
     assert (out / "laws.png").stat().st_size > 10_000
+
+
+def test_errors_that_fall_ever_faster_are_no_power_law():
+    points = [Point(6.987e9, 0.6583), Point(2.729e10, 0.6286), Point(6.835e10, 0.5042), Point(3.4e11, 0.4197)]
+    refused(points, "the fit's exponent is .*no power law does", mode="all", bootstrap=0)
+
+
+def test_a_budget_without_bands():
+    found = fit(known(Law(0.6, 0.4, 0.1, 0.7), 30, seed=1), "all", bootstrap=0)
+    assert found.band(3.0) is None and advise(found, 3.0, 1.0).band is None
