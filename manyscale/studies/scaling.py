@@ -215,21 +215,18 @@ def _draw(
         frontier, efficiency, data = (figure.add_subplot(2, 3, 3 * row + place) for place in (1, 2, 3))
         plain(frontier, title=f"{title}: compute", xlabel="10^12 FLOPs", ylabel="error, %", xscale="log")
         plain(efficiency, title="images seen, all data", xlabel="images", xscale="log")
-        plain(data, title="best of all durations, by data", ylabel="error, %")
-        for place, (size, colour) in enumerate(zip(plan, COLOURS, strict=False)):
+        plain(data, title="best of all durations", xlabel="of the pictures", ylabel="error, %", xlim=(-0.3, len(SHARES) - 0.7))
+        for size, colour in zip(plan, COLOURS, strict=False):
             cases = [Case(size, 1.0, length) for length in plan[size]]
             errors = [_errors(values[case]) for case in cases]
             band(frontier, [compute[case] for case in cases], errors, colour, size)
             band(efficiency, [_images(case.length) for case in cases], errors, colour, size)
-            best = {share: _best(values, size, share) for share in SHARES}
-            data.bar([place - 0.2, place + 0.2], [best[share] for share in SHARES], 0.36, color=colour, alpha=0.9)
-            for shift, share in zip((-0.2, 0.2), SHARES, strict=True):
-                if np.isfinite(best[share]):
-                    data.annotate(f"{share:.0%}", (place + shift, best[share]), ha="center", va="bottom", fontsize=7)
-        data.set_xticks(range(len(plan)), list(plan))
-        heights = [value for size in plan for share in SHARES if np.isfinite(value := _best(values, size, share))]
-        if heights:
-            data.set_ylim(0.9 * min(heights), min(100, 1.03 * max(heights)))
+            best = [_best(values, size, share) for share in SHARES]
+            data.plot(range(len(SHARES)), best, "o-", color=colour, ms=5, lw=1.6, label=size)
+        data.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
+        lengths = max(plan.values(), key=len)
+        efficiency.set_xticks([_images(length) for length in lengths], [length.removesuffix("-images") for length in lengths])
+        efficiency.minorticks_off()
         found = fits[name]
         if isinstance(found, Fit):
             x = np.geomspace(found.frontier[0].compute, found.frontier[-1].compute, 60)
