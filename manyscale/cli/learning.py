@@ -61,7 +61,7 @@ def study(arguments: list[str]) -> None:
             data: a set by name or folder, such as cifar10, tiny-imagenet or digits; empty: cifar10, of Scaling ViT tiny-imagenet.
             probe: of Scaling ViT, a set of other classes for few-shot evaluation; empty: cifar10, or else tiny-imagenet.
             seeds: every net is trained from so many.
-            quick: a first look, at most 15 to 20 minutes of a processor, instead of up to some hours.
+            quick: a first look, in minutes instead of hours.
             compile: torch.compile every net: needs a C++ compiler or a GPU; pays where runs last more than a minute.
             out: its folder; empty: runs/studies/NAME-DATA, with -quick where that is asked for.
         """

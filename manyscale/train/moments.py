@@ -4,6 +4,7 @@ As optax composes them in the original code (arXiv 2106.04560, section 3.4): p <
 the decay outside of the moments. Means are over steps t = 1, 2, ...; m is the momentum, g the gradient.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ TINY = 1e-30  # joins squared gradients, so that a row of zeros divides
 GROWTH = 0.8  # of Adafactor's beta2, 1 - t^-0.8
 
 
-class Lean(torch.optim.Optimizer):
+class Lean(torch.optim.Optimizer, ABC):
     """The step that the optimisers of this file share.
 
     Args:
@@ -49,9 +50,9 @@ class Lean(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-group["lr"])
         return loss
 
+    @abstractmethod
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], beta1: float, beta2: float) -> Tensor:
         """Where the parameter goes, without rate and decay, in the gradient's precision."""
-        raise NotImplementedError
 
     def remember(self, state: dict[str, Tensor], new: Tensor, beta: float, weight: float) -> Tensor:
         """m <- beta m + weight new; m before it is rounded for storage."""

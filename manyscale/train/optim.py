@@ -2,7 +2,6 @@
 
 import re
 from collections import defaultdict
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +108,3 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     """Give every group its share of `rate`."""
     for group in optimiser.param_groups:
         group["lr"] = rate * group["scale"]
-
-
-def state_bytes(optimiser: torch.optim.Optimizer) -> int:
-    """What the optimiser keeps between steps, in bytes, once it made one."""
-    return sum(t.element_size() * prod(t.shape) for state in optimiser.state.values() for t in state.values())

@@ -59,7 +59,10 @@ class State:
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Become the state that gave `tensors()` and `values()`."""
-        part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}  # noqa: E731
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
         self.model.load_state_dict(part("model."))
         if self.ema:
             self.ema.load_state_dict(part("ema."))

@@ -35,7 +35,10 @@ def test_the_papers_mask():
 
 
 def test_the_generator_decides():
-    draw = lambda seed: block_mask(8, (6, 6), (1, 1), 0.5, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+
+    def draw(seed):
+        return block_mask(8, (6, 6), (1, 1), 0.5, generator=torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert len({tuple(mask.flatten().tolist()) for mask in draw(1)}) == 8  # every sample its own
     hidden = block_mask(4000, (3, 3), (1, 1), 1 / 3, generator=torch.Generator().manual_seed(0)).float().mean(0)

@@ -98,7 +98,10 @@ def test_transformers_siglip(dtype):
     model = ms.convert(peer.state_dict(), source="transformers", name="vit_base_patch16", image_size=64, **TOY)
     assert (model.config.pool, model.config.classes, model.config.gelu) == ("map", 0, "tanh")
     images = torch.randn(2, 3, 64, 64, dtype=dtype)
-    pooled = lambda x: peer.vision_model(x).pooler_output  # noqa: E731
+
+    def pooled(x):
+        return peer.vision_model(x).pooler_output
+
     with torch.no_grad():
         agree(model, pooled, images)
         peer.vision_model.load_state_dict(ms.export_weights(model, "transformers"), strict=True)

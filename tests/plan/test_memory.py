@@ -9,7 +9,8 @@ from manyscale.plan import memory as planned
 from manyscale.plan.memory import METHODS, memory
 from manyscale.presets import model_config
 from manyscale.train.moments import LEAST
-from manyscale.train.optim import make_optimiser, state_bytes
+from manyscale.train.optim import make_optimiser
+from tests.train.test_moments import state_bytes
 
 VIT = {"image_size": 64, "patch": 8, "width": 128, "depth": 2, "heads": 2, "mlp_width": 200, "classes": 40}
 SWIN = {"image_size": 64, "patch": 4, "window": 4, "width": 64, "depths": (2, 1), "heads": (2, 4), "classes": 33}
@@ -42,7 +43,10 @@ def test_planned_bytes_are_the_optimisers_own(name, fields):
 def test_the_papers_numbers_for_g():
     """Of 1.88 billion parameters with MAP pooling: 7.0 GiB of weights, +14.0 for Adam, +10.5, +3.5 (section 3.4)."""
     giant = model_config("G/14", pool="map", classes=0)
-    gib = lambda *arguments, **options: getattr(memory(giant, *arguments, **options), "optimiser") / 2**30  # noqa: E731, B009
+
+    def gib(*arguments, **options):
+        return memory(giant, *arguments, **options).optimiser / 2**30
+
     assert memory(giant).weights / 2**30 == pytest.approx(7.0, abs=0.05)
     assert (gib("adamw"), gib("adamw", half=True), gib("adafactor", half=True)) == pytest.approx((14.0, 10.5, 3.5), abs=0.05)
     assert memory(giant, ema=True).total - memory(giant).total == memory(giant).weights

@@ -301,7 +301,10 @@ def test_evaluation_is_the_same_every_time_and_leaves_randomness_alone(pretrain)
     model = loud(task.model())
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    evaluate = lambda: task.evaluate(model, torch.device("cpu"), torch.float32, lambda path, reason: None)  # noqa: E731
+
+    def evaluate():
+        return task.evaluate(model, torch.device("cpu"), torch.float32, lambda path, reason: None)
+
     first = evaluate()
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert evaluate() == first and first["pictures"] == 359

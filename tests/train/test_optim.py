@@ -26,7 +26,10 @@ def test_not_decayed_is_what_the_official_code_names(name):
 
 def test_the_official_simmim_mistake_is_off_and_has_a_name():
     model = MaskedImages(ms.create_model("swinv2_tiny", **{**MICRO, "classes": 0, "mask_token": True}))
-    decayed = lambda **fields: {n for g in groups(model, Optim(**fields)) if g["weight_decay"] for n in names(model, g)}  # noqa: E731
+
+    def decayed(**fields):
+        return {n for g in groups(model, Optim(**fields)) if g["weight_decay"] for n in names(model, g)}
+
     extra = decayed(decay_position_bias=True) - decayed()
     assert extra == {n for n, p in model.named_parameters() if p.ndim > 1 and (".bias.fc" in n or "logit_scale" in n)}
     assert not any("mask_token" in n or n.endswith(("q_bias", "norm.weight")) for n in decayed(decay_position_bias=True))

@@ -60,7 +60,10 @@ def test_rsqrt_with_cooldown_is_that_of_the_paper():
     assert steps == 1_000_000
     golden = {0: 0.0, 5_000: 4e-4, 10_000: 8e-4, 20_000: 5.66e-4, 110_000: 2.41e-4, 500_000: 1.13e-4, 950_000: 8.2e-5}
     assert [rate(VIT_G, step, steps, 1) for step in golden] == pytest.approx(list(golden.values()), rel=5e-3, abs=1e-12)
-    exact = lambda step: 8e-4 / math.sqrt(1 + (step - 10_000) / 10_000)  # noqa: E731
+
+    def exact(step):
+        return 8e-4 / math.sqrt(1 + (step - 10_000) / 10_000)
+
     assert rate(VIT_G, 975_000, steps, 1) == pytest.approx(exact(975_000) / 2)  # the cooldown multiplies a rate that still falls
     assert rate(VIT_G, 999_999, steps, 1) == pytest.approx(exact(999_999) / 50_000)
     assert [rate(VIT_G, step, steps, 1) for step in (10**6, 10**6 + 1, 2 * 10**6)] == [0, 0, 0]  # never below zero

@@ -44,7 +44,10 @@ def initial(shape: tuple[int, ...]) -> np.ndarray:
 
 def adafactor(momentum: str | None, cap: float) -> optax.GradientTransformation:
     """big_vision's `scale_by_adafactor`: no parameter scale, no relative step, no clipping by root mean square."""
-    rate = lambda count, exponent: jnp.minimum(cap, 1.0 - jnp.array(count + 1, jnp.float32) ** -exponent)  # noqa: E731
+
+    def rate(count, exponent):
+        return jnp.minimum(cap, 1.0 - jnp.array(count + 1, jnp.float32) ** -exponent)
+
     return optax.chain(
         optax.scale_by_factored_rms(True, 0.8, 0, 32, 1e-30, rate),
         optax.ema(0.9, debias=False, accumulator_dtype=momentum),
