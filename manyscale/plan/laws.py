@@ -73,7 +73,7 @@ def frontier(points: Sequence[Point], mode: Frontier = "hull") -> list[Point]:
     Args:
         mode: `all` that are not dominated (no run with less compute has a smaller error), or those of them on the lower convex
             `hull` in logarithms: the smooth envelope that the paper draws. On its own table the choice moves b from 0.33
-            to 0.24, more than anything else does.
+            to 0.23, more than anything else does.
     """
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.compute, point.error)):
