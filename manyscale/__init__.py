@@ -9,6 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Setting": "manyscale.config",
     "list_models": "manyscale.presets",
     "create_model": "manyscale.models",
     "transfer": "manyscale.models",

@@ -1,13 +1,14 @@
 """The papers' tables as plain dicts, and the one function that turns a name into a configuration.
 
 Sources: Swin V1 (arXiv 2103.14030, section 3.3), Swin V2 (arXiv 2111.09883 v2, section 4.1), the SimMIM model zoo, and Scaling
-Vision Transformers (arXiv 2106.04560, Table 2), with the further sizes of its public code.
+Vision Transformers (arXiv 2106.04560, Table 2), with the further sizes of its public code. SuperViT (arXiv 2205.11397) has two
+nets, on DeiT-S and LV-ViT-S; the others have the shapes of DeiT (arXiv 2012.12877, Table 1) and LV-ViT (arXiv 2104.10858, Table 1).
 """
 
 from fnmatch import fnmatchcase
 from typing import Any
 
-from manyscale.config import NetConfig, SwinConfig, ViTConfig, from_dict, nearest
+from manyscale.config import NetConfig, SuperViTConfig, SwinConfig, ViTConfig, from_dict, nearest
 
 V1 = {"image_size": 224, "window": 7, "similarity": "dot", "norm": "pre", "bias": "table", "merge_norm": "before"}
 V2 = {"image_size": 256, "window": 8}
@@ -54,7 +55,17 @@ VIT: dict[str, dict[str, Any]] = {
 }
 PAPER_NAMES = {f"{letter}/{patch}": f"vit_{name}_patch{patch}" for letter, (name, _, patches) in SHAPES.items() for patch in patches}
 
-PRESETS: dict[str, dict[str, Any]] = {**SWIN, **VIT}
+LVVIT = {"stem": "conv", "skip": 2.0, "token_head": 0.25, "qkv_bias": False, "norm_eps": 1e-5, "drop_path": 0.1}
+SUPERVIT: dict[str, dict[str, Any]] = {
+    "supervit_deit_tiny": {"width": 192, "depth": 12, "heads": 3, "mlp_width": 768, "drop_path": 0.1},
+    "supervit_deit_small": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536, "drop_path": 0.1},
+    "supervit_deit_base": {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072, "drop_path": 0.1},
+    "supervit_lvvit_tiny": {**LVVIT, "width": 240, "depth": 12, "heads": 4, "mlp_width": 720},
+    "supervit_lvvit_small": {**LVVIT, "width": 384, "depth": 16, "heads": 6, "mlp_width": 1152},
+    "supervit_lvvit_medium": {**LVVIT, "width": 512, "depth": 20, "heads": 8, "mlp_width": 1536},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {**SWIN, **VIT, **SUPERVIT}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -71,4 +82,5 @@ def model_config(name: str, **fields: Any) -> NetConfig:
     if name not in PRESETS and name not in PAPER_NAMES:
         raise ValueError(f"unknown model `{name}`; {nearest(name, (*PRESETS, *PAPER_NAMES) if '/' in name else PRESETS)}")
     name = PAPER_NAMES.get(name, name)
-    return from_dict(SwinConfig if name in SWIN else ViTConfig, {**PRESETS[name], **fields}, name)
+    kind = SwinConfig if name in SWIN else SuperViTConfig if name in SUPERVIT else ViTConfig
+    return from_dict(kind, {**PRESETS[name], **fields}, name)

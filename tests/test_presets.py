@@ -85,7 +85,7 @@ def test_any_field_can_be_replaced():
     ("name", "fields", "message"),
     [
         ("swinv2_tinny", {}, "unknown model `swinv2_tinny`; did you mean `swinv2_tiny`?"),
-        ("?", {}, "unknown model `\\?`; known: swin_base, "),
+        ("?", {}, "unknown model `\\?`; known: supervit_deit_base, "),
         ("swin_tiny", {"clases": 10}, "swin_tiny: unknown field `clases` of SwinConfig; did you mean `classes`?"),
         ("swin_tiny", {"window": 0}, "swin_tiny: field `window`: 0 must be at least 1"),
         ("swin_tiny", {"norm": "layer"}, "swin_tiny: field `norm`: expected pre or post or sandwich or res-post, found 'layer'"),

@@ -7,6 +7,7 @@ Each class checks its own values when it is made; a `ValueError` names the field
 from manyscale.config.durations import Duration, in_steps, seconds
 from manyscale.config.nets import NetConfig, Size, SwinConfig, ViTConfig, Windows
 from manyscale.config.run import Augment, Input, Optim, Preprocess, Probe, Run, Schedule, SimMIM
+from manyscale.config.supervit import Setting, SuperViTConfig
 from manyscale.config.values import from_dict, nearest, to_dict
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Probe",
     "Run",
     "Schedule",
+    "Setting",
     "SimMIM",
     "Size",
+    "SuperViTConfig",
     "SwinConfig",
     "ViTConfig",
     "Windows",

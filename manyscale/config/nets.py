@@ -1,13 +1,11 @@
 """The architectures' settings. Each class checks its own values when it is made."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from manyscale.config.checks import require
-
-Size = int | tuple[int, ...]
-"""One number for every axis, or one number per axis: (h, w) for images, (t, h, w) for clips."""
+from manyscale.config.supervit import Setting, Size, SuperViTConfig
 
 Windows = int | tuple[int | tuple[int, ...], ...]
 """One number; one per axis; one per stage; or, per stage, one per axis. See `SwinConfig.windows`."""
@@ -121,6 +119,19 @@ class SwinConfig:
         pairs = zip(self.built_windows("window"), self.grids, strict=True)
         return tuple(tuple(min(w, g) for w, g in zip(window, grid, strict=True)) for window, grid in pairs)
 
+    def windows_at(self, setting: Setting) -> tuple[tuple[int, ...] | None, ...]:
+        """The windows that a setting asks of every stage, not yet clipped; None: the stage's own.
+
+        Raises:
+            ValueError: a setting that this net cannot be run at: one that drops tokens, or another window for a table.
+        """
+        require(self.axes == 2, "size", f"{setting}: settings are for images, this net takes clips")
+        require(setting.is_full, "keep", f"{setting}: a Swin keeps every token; give a size and a window")
+        if setting.window is None:
+            return (None,) * len(self.depths)
+        require(self.bias != "table", "window", f"{setting}: this net's bias is a table for its own window; transfer it to another")
+        return replace(self, window=setting.window).built_windows("window")
+
     @property
     def clipped(self) -> list[str]:
         """A sentence for every stage whose window was asked for larger than its grid."""
@@ -210,4 +221,4 @@ class ViTConfig:
         return [f"patches of {self.patch} leave out the last {rest} pixels of {self.image_size}"] if any(rest) else []
 
 
-NetConfig = SwinConfig | ViTConfig
+NetConfig = SwinConfig | ViTConfig | SuperViTConfig

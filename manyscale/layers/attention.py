@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyscale.ops.attention import Path, attend, unit
+from manyscale.ops.attention import Path, attend, first_row, unit
 from manyscale.ops.windows import Layout, enter, leave
 
 
@@ -58,18 +58,29 @@ class WindowAttention(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of all tokens on all (ViT, arXiv 2010.11929, appendix A)."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.attention_path: Path = "auto"
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
+        return self._attend(*self._split(x))
+
+    def with_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and how much the first token looks at each, the mean over heads: (B, N, C) -> (B, N, C), (B, N)"""
+        q, k, v = self._split(x)
+        return self._attend(q, k, v), first_row(q, k)[:, 0].mean(dim=1)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
-        out = attend(q * q.shape[-1] ** -0.5, k, v, path=self.attention_path)
+        return q * q.shape[-1] ** -0.5, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v, path=self.attention_path)
         return self.proj_drop(self.proj(out[:, 0].transpose(1, 2).flatten(-2)))
 
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from manyscale.config import NetConfig, SwinConfig, ViTConfig
+from manyscale.config import NetConfig, SuperViTConfig, SwinConfig, ViTConfig
+from manyscale.models.supervit import SuperViT
 from manyscale.models.swin import Swin
 from manyscale.models.vit import ViT
 from manyscale.presets import model_config
 
-Net = Swin | ViT
+Net = Swin | ViT | SuperViT
 
 
 def create_model(name: str, **fields: Any) -> Net:
@@ -26,4 +27,4 @@ def build(config: NetConfig) -> Net:
     return MODELS[type(config)](config)
 
 
-MODELS: dict[type, type[Net]] = {SwinConfig: Swin, ViTConfig: ViT}
+MODELS: dict[type, type[Net]] = {SwinConfig: Swin, ViTConfig: ViT, SuperViTConfig: SuperViT}

@@ -8,12 +8,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import manyscale
-from manyscale.config import NetConfig, Preprocess, SwinConfig, ViTConfig, from_dict, nearest, to_dict
+from manyscale.config import NetConfig, Preprocess, SuperViTConfig, SwinConfig, ViTConfig, from_dict, nearest, to_dict
 from manyscale.models.build import Net, build
 from manyscale.storage import read_json, write, write_json
 
 FORMAT = 1  # of config.json; raised when an older reader would misread it
-KINDS = {"swin": SwinConfig, "vit": ViTConfig}
+KINDS = {"swin": SwinConfig, "vit": ViTConfig, "supervit": SuperViTConfig}
 
 
 def save(model: Net, folder: Path | str) -> None:

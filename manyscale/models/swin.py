@@ -9,12 +9,13 @@ Letters: B batch, grid = (h, w) or (t, h, w) tokens, C channels, D_i channels of
 import torch
 from torch import Tensor, nn
 
-from manyscale.config import Preprocess, SwinConfig
+from manyscale.config import Preprocess, Setting, SwinConfig
 from manyscale.layers.attention import WindowAttention
 from manyscale.layers.block import Block, Mlp
 from manyscale.layers.patch import MaskToken, PatchEmbed, PatchMerge
 from manyscale.layers.position_bias import ContinuousBias, TableBias
 from manyscale.models.features import Features
+from manyscale.ops.images import resized
 from manyscale.ops.positions import relative_coordinates, relative_index
 from manyscale.ops.windows import layout
 
@@ -45,11 +46,11 @@ class Stage(nn.Module):
         last = stage == len(config.depths) - 1
         self.merge = nn.Identity() if last else PatchMerge(width, config.merge_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *grid, C) -> (B, *grid, C), before the merging."""
-        grid = tuple(x.shape[1:-1])
+    def forward(self, x: Tensor, window: tuple[int, ...] | None = None) -> Tensor:
+        """(B, *grid, C) -> (B, *grid, C), before the merging; `window`: another than the one the stage was built with."""
+        grid, window = tuple(x.shape[1:-1]), window or self.window
         # Masks, indices and coordinates depend on the grid alone: made once here, for all blocks.
-        plain, shifted = (layout(grid, self.window, shifted=s, mask_padding=self.mask_padding, device=x.device) for s in (False, True))
+        plain, shifted = (layout(grid, window, shifted=s, mask_padding=self.mask_padding, device=x.device) for s in (False, True))
         index = relative_index(plain.window, plain.window if self.spacing else self.window, x.device)
         coordinates = relative_coordinates(plain.window, self.pretrained, self.spacing, x.device) if self.spacing else None
         for i, block in enumerate(self.blocks):
@@ -110,15 +111,25 @@ class Swin(nn.Module):
         before = sum(self.config.depths[:stage])
         return before + int(rest[2]) + 1 if kind == "blocks" else before + self.config.depths[stage]
 
-    def tokens(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    def tokens(self, x: Tensor, mask: Tensor | None = None, setting: Setting | None = None) -> list[Tensor]:
         """The tokens of every stage before its merging, (B, *grid_i, D_i), not normalised.
 
         Args:
             mask: (B, *grid) bool, the patches to hide; only for a model with a mask token.
+            setting: at which size and in which windows; images of another size are resized. A larger window than the one
+                the bias was learnt for needs a bias network (log-cpb).
+
+        Raises:
+            ValueError: images or a mask of another shape, or a setting that this net cannot be run at.
         """
         if x.dim() != self.config.axes + 2 or x.shape[1] != self.config.channels:
             shape = "(B, {}, {}H, W)".format(self.config.channels, "T, " if self.config.axes == 3 else "")
             raise ValueError(f"the model takes a batch of shape {shape}, not {tuple(x.shape)}")
+        windows = [None] * len(self.stages)
+        if setting is not None:
+            windows = list(self.config.windows_at(setting))
+            size = setting.size or tuple(x.shape[2:])
+            x = resized(x, size if isinstance(size, tuple) else (size, size))
         x = self.patch(x)
         if mask is not None:
             if self.mask_token is None:
@@ -129,18 +140,18 @@ class Swin(nn.Module):
         x = self.drop(x)
         levels = []
         for i, stage in enumerate(self.stages):
-            x = stage(x)
+            x = stage(x, windows[i])
             levels.append(x)
             if i < len(self.stages) - 1:
                 x = stage.merge(x)
         return levels
 
-    def features(self, x: Tensor, mask: Tensor | None = None) -> Features:
-        """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`; `mask` as in `tokens`.
+    def features(self, x: Tensor, mask: Tensor | None = None, setting: Setting | None = None) -> Features:
+        """A pyramid: images (B, 3, H, W) or clips (B, 3, T, H, W) -> `Features`; `mask` and `setting` as in `tokens`.
 
         Stages come before each merging; pooled is the mean of the last one's normalised tokens.
         """
-        levels = self.tokens(x, mask)
+        levels = self.tokens(x, mask, setting)
         maps = (self.level_norms[i](level) if self.level_norms else level for i, level in enumerate(levels))
         pooled = self.norm(levels[-1]).flatten(1, -2).mean(dim=1)
         return Features(tuple(level.movedim(-1, 1) for level in maps), pooled)
@@ -149,6 +160,6 @@ class Swin(nn.Module):
         """The last stage, normalised, as a map: (B, 3, H, W) -> (B, D, h, w). What `Features.pooled` is the mean of."""
         return self.norm(self.tokens(x, mask)[-1]).movedim(-1, 1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) or clips (B, 3, T, H, W) -> logits (B, classes); `mask` as in `tokens`."""
-        return self.head(self.features(x, mask).pooled)
+    def forward(self, x: Tensor, mask: Tensor | None = None, setting: Setting | None = None) -> Tensor:
+        """Images (B, 3, H, W) or clips (B, 3, T, H, W) -> logits (B, classes); `mask` and `setting` as in `tokens`."""
+        return self.head(self.features(x, mask, setting).pooled)

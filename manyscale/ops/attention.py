@@ -67,3 +67,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
         bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)[None]  # (1, W·H, N, N)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
     return out.reshape(batch, windows, heads, *out.shape[-2:])
+
+
+def first_row(q: Tensor, k: Tensor) -> Tensor:
+    """The first row of softmax(q k^T), without the others: q, k (B, W, H, N, d) -> (B, W, H, N), float32 or wider."""
+    logits = (q[..., :1, :] @ k.transpose(-2, -1)).squeeze(-2)  # (B, W, H, N)
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -1,4 +1,7 @@
-"""Choosing tokens: which patches are hidden. Letters: B batch, grid = (h, w) tokens."""
+"""Choosing tokens: which patches are hidden, which stay, and back to the grid.
+
+Letters: B batch, grid = (h, w) tokens, N tokens, K of them that stay, C channels.
+"""
 
 import math
 
@@ -32,3 +35,25 @@ def block_mask(
     for axis, u in enumerate(unit, 1):
         mask = mask.repeat_interleave(u, dim=axis)
     return mask
+
+
+def by_score(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which `count` tokens score highest, and the rest, both highest first; of equals the earlier: (B, N) -> (B, K), (B, N - K) int64."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :count], order[:, count:]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of every sample that `index` names: (B, N, C), (B, K) -> (B, K, C)"""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put_back(x: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, K, C) to their places (B, K), row-major on the grid: a map (B, C, h, w), 0 where none is.
+
+    A token of place -1, which has none, is left out.
+    """
+    cells = math.prod(grid)
+    canvas = x.new_zeros(len(x), cells + 1, x.shape[-1])  # the last for those without a place
+    index = torch.where(places < 0, cells, places)[..., None].expand_as(x)
+    return canvas.scatter(1, index, x)[:, :-1].transpose(1, 2).unflatten(2, grid)
