@@ -11,10 +11,10 @@ from rich.table import Column, Table
 from tyro.conf import Positional
 
 from manyscale.cli.parsing import parse
-from manyscale.config import Preprocess, Size, ViTConfig, Windows, to_dict
+from manyscale.config import Preprocess, Setting, Size, SuperViTConfig, ViTConfig, Windows, to_dict
 from manyscale.storage import write, write_json
 
-Source = Literal["official", "timm", "transformers", "torchvision", "mmpretrain", "simmim", "big_vision", "vision_transformer"]
+Source = Literal["official", "timm", "transformers", "torchvision", "mmpretrain", "simmim", "big_vision", "vision_transformer", "supervit"]
 
 
 def compare(arguments: list[str]) -> None:
@@ -61,6 +61,7 @@ def evaluate(arguments: list[str]) -> None:
         model: Positional[str],
         data: str = "",
         split: str = "val",
+        setting: str = "",
         batch: int = 64,
         workers: int = -1,
         device: str = "auto",
@@ -72,6 +73,7 @@ def evaluate(arguments: list[str]) -> None:
             model: a run's folder or a folder with a model.
             data: a set by name or folder; empty: the one it was trained on.
             split: val, test, train, or another split folder; all: a folder without splits, whole.
+            setting: how it is run: 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; empty: its own size, whole.
             batch: pictures at a time.
             workers: loader processes.
             device: where to compute.
@@ -85,17 +87,18 @@ def evaluate(arguments: list[str]) -> None:
             lambda path, reason: bad.append(f"left out {path}: {reason}"),
             data=data,
             split=split,
+            setting=setting,
             batch=batch,
             workers=workers,
             device=device,
         )
         print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
         if json_lines:
-            print(json.dumps({**metrics, "split": split, "bad_files": len(bad)}))
+            print(json.dumps({**metrics, "split": split, "bad_files": len(bad), **({"setting": setting} if setting else {})}))
         else:
             shares = {"accuracy": "top-1 {:.2%}", "top5": "top-5 {:.2%}", "val_loss": "loss {:.4f}", "l1": "l1 {:.4f}"}
             said = ", ".join(shares[name].format(value) for name, value in metrics.items() if name in shares)
-            print(f"{model} on {split}: {said}, {metrics['pictures']:,} pictures, {len(bad)} left out")
+            print(f"{model}{' at ' * bool(setting)}{setting} on {split}: {said}, {metrics['pictures']:,} pictures, {len(bad)} left out")
 
     parse(run, "eval", arguments)
 
@@ -106,6 +109,8 @@ def predict(arguments: list[str]) -> None:
     def run(
         model: Positional[str],
         files: Positional[tuple[str, ...]],
+        setting: str = "",
+        cascade: tuple[str, ...] | None = None,
         top: int = 5,
         out: str = "",
         device: str = "auto",
@@ -116,6 +121,8 @@ def predict(arguments: list[str]) -> None:
         Args:
             model: a run's folder or a folder with a model.
             files: pictures, or folders of them.
+            setting: how the net is run: 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; empty: its own size, whole.
+            cascade: a cheap setting first, a better one where it is unsure: alone, the run's cascade.json; or another such file.
             top: how many classes of each.
             out: where `predictions.jsonl` and `sheet.png` go; empty: `predictions` in the model's folder.
             device: where to compute.
@@ -132,10 +139,16 @@ def predict(arguments: list[str]) -> None:
             raise ValueError("give at least one picture or folder")
         if top < 1:
             raise ValueError(f"field `top`: {top} must be at least 1")
+        if setting and cascade is not None:
+            raise ValueError("give --setting or --cascade")
         if is_masked(model):
+            if setting or cascade is not None:
+                raise ValueError("a SimMIM run paints at its own size; leave out --setting and --cascade")
             _paint(model, find_pictures(files), Path(out or f"{model}/predictions"), device, json_lines)
             return
-        answers = list(ask(load(model).to(pick_device(device)), find_pictures(files), top=top))
+        net = load(model).to(pick_device(device))
+        how = Setting.read(setting) if setting else None if cascade is None else _cascade(net, model, cascade)
+        answers = list(ask(net, find_pictures(files), top=top, how=how))
         good = [answer for answer in answers if not answer.error]
         if json_lines:
             print("\n".join(json.dumps(answer.as_json()) for answer in answers))
@@ -152,6 +165,16 @@ def predict(arguments: list[str]) -> None:
         print(f"wrote {folder}/predictions.jsonl and sheet.png", file=sys.stderr)
 
     parse(run, "predict", arguments)
+
+
+def _cascade(net: Any, model: str, files: tuple[str, ...]) -> Any:
+    from manyscale.ship.cascade import read_cascade
+    from manyscale.ship.measure import fingerprint
+
+    if len(files) > 1:
+        raise ValueError(f"field `cascade`: give one file, or none for the run's own, not {' '.join(files)}; pictures stand before it")
+    folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    return read_cascade(files[0] if files else folder / "cascade.json", fingerprint(net))
 
 
 def _paint(model: str, files: list[str], folder: Path, device: str, json_lines: bool) -> None:
@@ -194,14 +217,22 @@ def _print_predictions(answers: list[Any]) -> None:
 
 
 def transfer(arguments: list[str]) -> None:
-    """The same weights at another image size and window or patch, nothing retrained."""
+    """The same weights at another image size and window or patch, or other sizes, nothing retrained."""
 
-    def run(model: Positional[str], image_size: Size, window: Windows | None = None, patch: Size | None = None, out: str = "") -> None:
+    def run(
+        model: Positional[str],
+        image_size: Size | None = None,
+        sizes: tuple[int, ...] | None = None,
+        window: Windows | None = None,
+        patch: Size | None = None,
+        out: str = "",
+    ) -> None:
         """Lay a model out anew.
 
         Args:
             model: a run's folder or a folder with a model.
             image_size: pixels: one number, or height and width.
+            sizes: pixels, of a SuperViT, instead: all that it is to have.
             window: tokens, of a Swin; left out: as it is.
             patch: pixels, of a ViT; left out: as it is.
             out: the new folder; empty: beside the old one.
@@ -210,14 +241,17 @@ def transfer(arguments: list[str]) -> None:
         from manyscale.models import transfer as move
         from manyscale.ship.evaluate import recipe_of
 
+        if image_size is None and sizes is None:
+            raise ValueError("give --image-size, or of a SuperViT --sizes, such as --sizes 128 160 192 224")
         old, recipe = load(model), recipe_of(model)
-        new = move(old, image_size, window, patch=patch)
+        new = move(old, image_size, window, sizes=sizes, patch=patch)
         size = "x".join(map(str, new.config.size)) if len(set(new.config.size)) > 1 else str(new.config.size[0])
+        size = "_".join(map(str, sizes)) if sizes else size
         folder = Path(out or f"{str(model).rstrip('/')}_{size}")
         save(new, folder)
         if recipe:
             write_json(folder / "recipe.json", to_dict(recipe))
-        what = "patches" if isinstance(new.config, ViTConfig) else "windows"
+        what = {ViTConfig: "patches", SuperViTConfig: "sizes"}.get(type(new.config), "windows")
         print(f"{what} {getattr(old.config, what)} -> {getattr(new.config, what)}")
         print("\n".join(new.config.clipped), end="\n" if new.config.clipped else "")
         print(f"wrote {folder}; score it with `manyscale eval {folder}`")
@@ -234,24 +268,29 @@ def convert(arguments: list[str]) -> None:
         name: str,
         out: str,
         image_size: Size | None = None,
+        sizes: tuple[int, ...] | None = None,
         window: Windows | None = None,
         pretrained_window: Windows | None = None,
         classes: int | None = None,
+        ema: bool | None = None,
         crop_ratio: float = 0.875,
         statistics: Literal["imagenet", "half"] = "imagenet",
         interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic",
     ) -> None:
-        """Read a Swin or ViT checkpoint of another project.
+        """Read a Swin, ViT or SuperViT checkpoint of another project.
 
         Args:
             file: .safetensors, or .pth, .pt, .bin, .ckpt (read without running code), or .npz.
             source: whose layout it has; simmim: a SimMIM file with its mask token and decoder (official: its encoder alone).
-            name: the preset it is, such as swinv2_tiny, vit_tiny_patch16 or B/16.
+            name: the preset it is, such as swinv2_tiny, vit_tiny_patch16 or B/16; of a ViT also the one it shall be, a supervit_deit_*.
             out: the folder to write.
             image_size: pixels it was trained at, where not the preset's.
-            window: likewise.
+            sizes: of a SuperViT: those of its position tables, where not the preset's; of a ViT that becomes one: those it shall have.
+            window: tokens it was trained with, where not the preset's.
             pretrained_window: the window its bias network learnt at, where it was fine-tuned at a larger one.
             classes: where the file's head does not say.
+            ema: of a training's checkpoint: True: the moving average of the weights, False: the raw ones; left out: the raw ones, but
+                of a SuperViT on LV-ViT the average.
             crop_ratio: of the evaluation's centre crop; 0: squash.
             statistics: mean and deviation of its pictures; half: 0.5 both, as most ViTs.
             interpolation: how pictures are resized.
@@ -260,8 +299,8 @@ def convert(arguments: list[str]) -> None:
         from manyscale.models import save
         from manyscale.ship.convert import convert as read
 
-        fields = {"image_size": image_size, "window": window, "pretrained_window": pretrained_window, "classes": classes}
-        model = read(file, source=source, name=name, **{key: value for key, value in fields.items() if value is not None})
+        fields = {"image_size": image_size, "sizes": sizes, "window": window, "pretrained_window": pretrained_window, "classes": classes}
+        model = read(file, source=source, name=name, ema=ema, **{key: value for key, value in fields.items() if value is not None})
         net = model.encoder if isinstance(model, MaskedImages) else model
         numbers = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} if statistics == "half" else {}
         net.preprocess = Preprocess(image_size=net.config.size, crop_ratio=crop_ratio, interpolation=interpolation, **numbers)

@@ -17,6 +17,11 @@ BLOCK = {"norm1": "attention.norm_in", "attention.qkv": "attention.branch.qkv", 
 PLAIN = {"stem": "patch", "qkv_bias": True, "skip": 1.0, "token_head": None}  # what a SuperViT may have that a ViT has not
 
 
+def beyond_vit(config: SuperViTConfig) -> list[str]:
+    """What of a SuperViT no weights of a ViT can fill, such as `stem=conv`."""
+    return [f"{name}={getattr(config, name)}" for name, plain in PLAIN.items() if getattr(config, name) != plain]
+
+
 @torch.no_grad()
 def to_supervit(vit: ViT, config: SuperViTConfig | None = None, **fields: Any) -> SuperViT:
     """A SuperViT with the weights of a ViT, whose positions are resized to every size; no training is needed to run it.
@@ -43,7 +48,7 @@ def to_supervit(vit: ViT, config: SuperViTConfig | None = None, **fields: Any) -
     else:
         config = replace(config, **fields)
     wrong = [f"{name}={getattr(config, name)}, the ViT's is {value}" for name, value in follows.items() if getattr(config, name) != value]
-    wrong += [f"{name}={getattr(config, name)}" for name, plain in PLAIN.items() if getattr(config, name) != plain]
+    wrong += beyond_vit(config)
     if wrong:
         raise ValueError(f"this SuperViT cannot hold the weights of that ViT: {'; '.join(wrong)}")
     new = SuperViT(config).to(vit.patch.weight)
@@ -75,8 +80,7 @@ def to_vit(model: SuperViT, size: Size | None = None) -> ViT:
     config = model.config
     size = size or config.size
     size = size if isinstance(size, tuple) else (size, size)
-    plain = {**PLAIN, "registers": 0}
-    wrong = [f"{name}={getattr(config, name)}" for name, value in plain.items() if getattr(config, name) != value]
+    wrong = beyond_vit(config) + ([f"registers={config.registers}"] if config.registers else [])
     if wrong:
         raise ValueError(f"a ViT has no {', '.join(wrong)}; keep this net with manyscale.save and manyscale.load")
     config.counts(Setting(), size)  # refuses a size without positions

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyscale.config import NetConfig, SwinConfig, ViTConfig
+from manyscale.config import NetConfig, SwinConfig
 from manyscale.ops.positions import relative_coordinates, relative_index
 
 BUFFERS = ("*relative_coords_table", "*relative_position_index", "*attn_mask")
@@ -55,9 +55,9 @@ class Layout(NamedTuple):
     says: Callable[[State], dict[str, Any]] | None = None  # fields of the configuration that a file's tensors tell, after `enter`
 
     @property
-    def head(self) -> str:
-        """The name of the classifier."""
-        return next(row.theirs[0] for row in self.rows if row.ours == ("head",))
+    def heads(self) -> list[str]:
+        """The names of the classifier and, behind it, of one on every patch."""
+        return [row.theirs[0] for row in self.rows if row.ours in (("head",), ("token_head",))]
 
 
 def rows(table: Mapping[str, str], prefix: str = "") -> list[Row]:
@@ -179,8 +179,8 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def _places(config: NetConfig) -> list[dict[str, int]]:
-    """The numbers a name may hold: stage i, block j, and what other packages count instead; of a ViT, block i."""
-    if isinstance(config, ViTConfig):
+    """The numbers a name may hold: stage i, block j, and what other packages count instead; of a ViT or SuperViT, block i."""
+    if not isinstance(config, SwinConfig):
         return [{"i": i} for i in range(config.depth)]
     stages = len(config.depths)
     return [

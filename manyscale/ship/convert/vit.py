@@ -1,8 +1,9 @@
 """What the layouts of ViT share: where they keep what has no module of its own, in which shape, and what that says of the net."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
-from math import prod
+from math import isqrt, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,21 @@ def deduce(state: Mapping[str, Any], names: Names) -> dict[str, Any]:
     if names.position not in state:
         fields["position"] = "none"
     return fields
+
+
+def size_hint(file: Mapping[str, Any], config: ViTConfig) -> list[str]:
+    """The image size that the positions of a file are for, where it is square and another than that of the model."""
+    for name, table in file.items():
+        rows = (
+            table.shape[-2]
+            if re.search(r"pos(ition)?_embed(dings?)?(\.weight)?$", name) and isinstance(table, Tensor) and table.dim() > 1
+            else 0
+        )
+        for places in (rows, rows - 1):  # without or with one for the class token
+            side = isqrt(max(places, 0))
+            if side and side**2 == places != prod(config.grid):
+                return [f"Its positions are for {side} x {side} patches: pass image_size={side * config.patches[0]}."]
+    return []
 
 
 def even_out(state: State, names: Names, places: int) -> State:
@@ -80,7 +96,7 @@ def torch_layout(config: ViTConfig, rows: list[Row], names: Names, fields: dict[
         dropped=options.pop("dropped", ()),
         enter=partial(even_out, names=names, places=prod(config.grid)),
         leave=partial(restore, names=names, **options),
-        says=lambda state: fields | deduce(state, names),
+        says=lambda state: fields | deduce(state, names) | {"position": "learned"},  # `refuse` knows no other: without, they are missing
     )
 
 
