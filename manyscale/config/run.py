@@ -8,6 +8,7 @@ from typing import Literal
 from manyscale.config.checks import finite, require
 from manyscale.config.durations import Duration, check_duration, parts, seconds
 from manyscale.config.nets import NetConfig, SwinConfig
+from manyscale.config.supervit import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,14 @@ class Augment:
     cutmix: float = 0.0  # alpha of cutmix; 0: off
     mix_switch: float = 0.5  # probability of cutmix where both are on
     smoothing: float = 0.0  # label smoothing
+    repeats: int = 1  # how often an epoch shows a picture, each time augmented anew; of as many times fewer pictures (arXiv 1901.09335)
 
     def __post_init__(self) -> None:
         for name in ("flip", "erase", "mix_switch"):
             require(0 <= getattr(self, name) <= 1, name, f"{getattr(self, name)} is a probability, in [0, 1]")
         for name in ("color_jitter", "randaugment", "magnitude_std", "mixup", "cutmix"):
             require(0 <= getattr(self, name) < math.inf, name, f"{getattr(self, name)} must be 0 (off) or more")
+        require(self.repeats >= 1, "repeats", f"{self.repeats} must be at least 1")
         require(0 <= self.magnitude <= 10, "magnitude", f"{self.magnitude} must be in [0, 10]")
         require(0 <= self.smoothing < 1, "smoothing", f"{self.smoothing} must be in [0, 1)")
         for name in ("scale", "ratio"):
@@ -181,6 +184,34 @@ class SimMIM:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Supernet:
+    """How one weight set learns many settings (SuperViT, arXiv 2205.11397, section 3.4). The defaults are the paper's."""
+
+    sampling: Literal["paper", "sandwich", "all"] = "paper"  # which settings a step passes; see `tasks.supernet.draw_passes`
+    teacher: Literal["size", "largest", "average", "other"] = "size"  # of passes that drop tokens: the whole pass of their size, that of
+    # the largest, the moving average of the weights at the largest, or another net
+    teacher_run: str = ""  # a folder or .safetensors of this package: the other net
+    label_share: float = 1.0  # of the labels in whole passes that have a teacher besides
+    temperature: float = 1.0  # of what is learnt from a teacher
+    mix_token: float = 0.0  # alpha of MixToken (LV-ViT), which mixes patches, instead of mixup and cutmix; 0: off
+    token_labels: Literal["picture", "teacher"] = "picture"  # what a head on patches learns: their picture's label, or the other net's word
+    token_weight: float = 1.0  # of that loss; only the largest whole pass has it
+    settings: tuple[str, ...] = ()  # of a Swin, such as 192/window=12; a SuperViT has its sizes and keeps
+    watch: Literal["all", "corners"] = "all"  # which settings an evaluation scores; corners: the cheapest and the whole net
+
+    def __post_init__(self) -> None:
+        finite(self, "label_share", "temperature", "mix_token", "token_weight")
+        require(0 <= self.label_share <= 1, "label_share", f"{self.label_share} must be in [0, 1]; 1: labels alone")
+        require(self.temperature > 0, "temperature", f"{self.temperature} must be positive; 1 is usual")
+        for name in ("mix_token", "token_weight"):
+            require(getattr(self, name) >= 0, name, f"{getattr(self, name)} must not be negative")
+        wanted = self.teacher == "other" or self.token_labels == "teacher"
+        require(wanted == bool(self.teacher_run), "teacher_run", "goes with --teacher other or --token-labels teacher, and they with it")
+        for text in self.settings:
+            Setting.read(text)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """Few-shot evaluation while training: what the features know of classes they were not taught (`manyscale fewshot`)."""
 
@@ -202,13 +233,14 @@ class Run:
     """One training run, whole: the same values give the same weights."""
 
     recipe: str = ""  # the name it came from
-    task: Literal["classify", "simmim"] = "classify"
+    task: Literal["classify", "simmim", "supernet"] = "classify"
     model: NetConfig = field(default_factory=SwinConfig)
     input: Input = field(default_factory=Input)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     simmim: SimMIM = field(default_factory=SimMIM)  # where that is the task
+    supernet: Supernet = field(default_factory=Supernet)  # likewise
     fewshot: Probe = field(default_factory=Probe)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # of classification; sigmoid: every class a question of its own, summed
     batch: int = 64  # images per step

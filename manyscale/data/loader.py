@@ -22,8 +22,8 @@ from manyscale.data.images import BadImage
 from manyscale.data.sources import Source
 from manyscale.data.transforms import Transform
 
-Key = tuple[int, int]
-"""(epoch, index): what the pixels of a sample depend on, besides the seed."""
+Key = tuple[int, int, int]
+"""(epoch, index, copy): what the pixels of a sample depend on, besides the seed; `copy` counts the times an epoch has shown it."""
 
 
 class BadFile(NamedTuple):
@@ -42,9 +42,10 @@ class Batch(NamedTuple):
     bad: tuple[BadFile, ...]
 
 
-def order(count: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of `count` samples that an epoch goes through, (count,) int64."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
+def order(count: int, seed: int, epoch: int, repeats: int = 1) -> Tensor:
+    """What an epoch goes through, (count,) int64: a permutation, or the first part of one, every sample `repeats` times in a row."""
+    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
+    return permutation[: -(-count // repeats)].repeat_interleave(repeats)[:count]
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
@@ -73,6 +74,7 @@ def train_batches(
     start_step: int,
     steps: int,
     workers: int,
+    repeats: int = 1,
     policy: Literal["skip", "stop"] = "skip",
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
@@ -80,6 +82,7 @@ def train_batches(
 
     Args:
         workers: loader processes, as `worker_count` gives; one set serves all epochs.
+        repeats: how often in a row an epoch shows a sample, transformed anew (repeated augmentation).
         policy: bad files are left out and listed in `Batch.bad`, or end the run.
 
     Raises:
@@ -91,8 +94,9 @@ def train_batches(
         for step in range(start_step, steps):
             epoch, position = divmod(step, each)
             if position == 0 or step == start_step:
-                indices = order(len(source), seed, epoch).tolist()
-            yield [(epoch, index) for index in indices[position * batch : (position + 1) * batch]]
+                indices = order(len(source), seed, epoch, repeats).tolist()
+            places = range(position * batch, (position + 1) * batch)
+            yield [(epoch, indices[place], place % repeats) for place in places]
 
     return _batches(_Samples(source, transform, seed), keys(), workers=workers, policy=policy, pin_memory=pin_memory)
 
@@ -108,25 +112,25 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every sample once, in order; the last batch may be short. Arguments and errors as `train_batches`."""
     starts = range(0, len(source), batch)
-    keys = ([(0, index) for index in range(start, min(start + batch, len(source)))] for start in starts)
+    keys = ([(0, index, 0) for index in range(start, min(start + batch, len(source)))] for start in starts)
     return _batches(_Samples(source, transform, 0), keys, workers=workers, policy=policy, pin_memory=pin_memory)
 
 
 class _Samples(Dataset):
-    """(epoch, index) -> (image, label, id), or the file that is bad."""
+    """A key -> (image, label, id), or the file that is bad."""
 
     def __init__(self, source: Source, transform: Transform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, str] | BadFile:
-        epoch, index = key
+        index = key[1]
         try:
             picture = self.source.read(index)
         except BadImage as bad:
             return BadFile(bad.path, bad.reason)
-        return self._transformed(picture, epoch, index), self.source.label(index), self.source.name(index)
+        return self._transformed(picture, key), self.source.label(index), self.source.name(index)
 
-    def _transformed(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
+    def _transformed(self, picture: Image.Image, key: Key) -> Tensor:
         """`picture` transformed under a generator of its own.
 
         Not `fork_rng` and `torch.manual_seed`: they cost 160 us a sample, more than a light transform, where this costs 2,
@@ -134,7 +138,8 @@ class _Samples(Dataset):
         """
         state = torch.get_rng_state()
         try:
-            torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
+            epoch, index, copy = key
+            torch.default_generator.manual_seed(seed_from(self.seed, epoch, index, *([copy] if copy else [])))
             return self.transform(picture)
         finally:
             torch.set_rng_state(state)
@@ -143,7 +148,7 @@ class _Samples(Dataset):
         bad = tuple(sample for sample in samples if isinstance(sample, BadFile))
         good = [sample for sample in samples if not isinstance(sample, BadFile)]
         if not good:
-            shape = self._transformed(Image.new("RGB", (1, 1)), 0, 0).shape
+            shape = self._transformed(Image.new("RGB", (1, 1)), (0, 0, 0)).shape
             return Batch(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64), (), bad)
         images, labels, ids = zip(*good, strict=True)
         return Batch(default_collate(images), torch.tensor(labels), ids, bad)

@@ -37,7 +37,7 @@ def resident_batches(
         ValueError: an augmentation other than crop and flip, pictures of several sizes, fewer of them than `batch`; with
             "stop", a file that cannot be read, by name.
     """
-    if augment.crop != "resized" or augment.randaugment or augment.color_jitter or augment.erase:
+    if augment.crop != "resized" or augment.randaugment or augment.color_jitter or augment.erase or augment.repeats > 1:
         raise ValueError(
             "field `resident`: pictures kept on the device are cropped (`crop` resized) and flipped, no more; use --no-resident"
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import Literal, NamedTuple, get_args
 
-from manyscale.config import NetConfig, SwinConfig, ViTConfig
+from manyscale.config import NetConfig, SuperViTConfig, SwinConfig, ViTConfig
 from manyscale.plan.count import BIAS_HIDDEN, count
 
 FACTORED_FROM = 32  # as `train.moments`: the second longest axis of a matrix that Adafactor keeps as row and column means
@@ -62,7 +62,7 @@ def _factored_squares(config: NetConfig, parameters: int) -> int:
 
 def matrices(config: NetConfig) -> Iterator[tuple[int, ...]]:
     """(repeats, lead, *shape) of every parameter with two axes that may both be long, as `train.optim` shows it to Adafactor."""
-    yield from _vit(config) if isinstance(config, ViTConfig) else _swin(config)
+    yield from {SwinConfig: _swin, ViTConfig: _vit, SuperViTConfig: _supervit}[type(config)](config)
 
 
 def _attention(repeats: int, width: int, heads: int, biased: bool = True) -> Iterator[tuple[int, ...]]:
@@ -87,6 +87,22 @@ def _vit(config: ViTConfig) -> Iterator[tuple[int, ...]]:
     if config.pre_logits:
         yield 1, 1, config.pre_logits, width
     yield 1, 1, config.classes, config.pre_logits or width
+
+
+def _supervit(config: SuperViTConfig) -> Iterator[tuple[int, ...]]:
+    width, stem, conv = config.width, config.stem_width, config.stem == "conv"
+    if conv:
+        yield 1, 1, stem, config.channels, 7, 7
+        yield 2, 1, stem, stem, 3, 3
+    side = config.patch // 2 if conv else config.patch
+    yield 1, 1, width, stem if conv else config.channels, side, side
+    for grid in config.grids if config.positions == "per-size" else (config.grid_of(config.size),):
+        yield 1, 1, 1 + prod(grid), width
+    if config.registers:
+        yield 1, 1, config.registers, width
+    yield from _attention(config.depth, width, config.heads, biased=config.qkv_bias)
+    yield from _mlp(config.depth, width, config.mlp_width)
+    yield 1 + (config.token_head is not None), 1, config.classes, width
 
 
 def _swin(config: SwinConfig) -> Iterator[tuple[int, ...]]:

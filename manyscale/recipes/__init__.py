@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from manyscale.config import Run
-from manyscale.recipes import folder, imagenet, simmim, small, vit
+from manyscale.recipes import folder, imagenet, simmim, small, supervit, vit
 from manyscale.recipes.tiny import tiny
 from manyscale.recipes.vit_ladder import SIZES, rung
 
@@ -21,6 +21,10 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "vit_giant_pretrain": vit.vit_giant_pretrain,
     "vit_finetune": vit.vit_finetune,
     **{f"vit_ladder_{size}": partial(rung, size) for size in SIZES},
+    "supervit_cifar10": supervit.supervit_cifar10,
+    "supervit_folder": supervit.supervit_folder,
+    "supervit_imagenet_deit_small": supervit.supervit_imagenet_deit_small,
+    "supervit_imagenet_lvvit_small": supervit.supervit_imagenet_lvvit_small,
     **imagenet.RECIPES,
 }
 

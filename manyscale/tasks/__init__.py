@@ -1,7 +1,7 @@
 """What to learn: one file per task. A task opens its data, makes the net, turns a batch into a loss, evaluates, and draws.
 
 What the loop asks of one: `run`, `metric` and `better` (max or min), `steps_per_epoch`, `splits`, and the functions
-`of`, `describe`, `fingerprint`, `model`, `train_batches`, `targets`, `loss`, `evaluate`, `save`, `load`, `draw`.
+`of`, `describe`, `fingerprint`, `model`, `compile`, `train_batches`, `targets`, `losses`, `evaluate`, `save`, `load`, `draw`.
 """
 
 from manyscale.config import Run
@@ -9,8 +9,9 @@ from manyscale.tasks.classify import Classify
 from manyscale.tasks.fewshot import probes
 from manyscale.tasks.pictures import Pictures
 from manyscale.tasks.simmim import Pretrain
+from manyscale.tasks.supernet import LearnMany
 
-TASKS = {"classify": Classify, "simmim": Pretrain}
+TASKS = {"classify": Classify, "simmim": Pretrain, "supernet": LearnMany}
 
 
 def open_task(run: Run) -> Pictures:

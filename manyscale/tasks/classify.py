@@ -118,15 +118,20 @@ def score(
         labels = (batch.labels if classes is None else classes[batch.labels]).to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(batch.images.to(device)).float()
-        ranks = (logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]).cpu()
-        losses = LOSSES[loss](logits, F.one_hot(labels, logits.shape[-1]).float())
-        sums += torch.stack([ranks[:, 0].sum(), ranks.any(-1).sum(), losses.sum().cpu()]).double()
+        sums += tally(logits, labels, loss)
         count += len(labels)
     model.train(was_training)
     if not count:
         raise ValueError("no picture of the held-out split could be read; see bad_files.jsonl")
     top1, top5, mean = (sums / count).tolist()
     return {"accuracy": top1, "top5": top5, "val_loss": mean, "pictures": count}
+
+
+def tally(logits: Tensor, labels: Tensor, loss: str = "softmax") -> Tensor:
+    """How many of (B, classes) logits are right, right among the best five, and the sum of their losses: (3,) float64 on the CPU."""
+    ranks = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
+    losses = LOSSES[loss](logits, F.one_hot(labels, logits.shape[-1]).float())
+    return torch.stack([ranks[:, 0].sum(), ranks.any(-1).sum(), losses.sum()]).double().cpu()
 
 
 def draw_sheet(pictures: list[Any], captions: list[tuple[str, bool | None]], path: Path | str, columns: int = 8) -> None:

@@ -8,13 +8,15 @@ from typing import Any, Self
 
 import torch
 import xxhash
+from torch import Tensor, nn
 
-from manyscale.config import Run
+from manyscale.config import Run, SuperViTConfig
 from manyscale.data.loader import Batch, eval_batches, steps_per_epoch, train_batches, worker_count
 from manyscale.data.resident import resident_batches
 from manyscale.data.sources import open_splits
 from manyscale.data.transforms import eval_transform, preprocess_for, train_transform
-from manyscale.models import Net, transfer
+from manyscale.models import Net, ViT, transfer
+from manyscale.models.kin import to_supervit
 
 Report = Callable[[str, str], Any]  # what to call with the path and the reason of a file that could not be read
 
@@ -30,6 +32,8 @@ class Pictures:
     """
 
     def __init__(self, run: Run, *, labelled: bool) -> None:
+        if isinstance(run.model, SuperViTConfig) and not labelled:
+            raise ValueError("field `model`: a SuperViT has no mask token; pre-train a ViT with pool=token, and start from it by --init")
         if run.model.axes != 2:
             raise ValueError(f"field `image_size`: {run.model.image_size} makes a video model; this task takes pictures: height and width")
         self.splits = open_splits(run.input, run.seed, labelled=labelled)
@@ -47,8 +51,22 @@ class Pictures:
 
     def _whole(self, run: Run) -> Run:
         """A run with what its data say about the net."""
-        labelled = bool(self.labels)
-        return replace(run, model=replace(run.model, classes=len(self.labels), mask_token=not labelled))
+        if isinstance(run.model, SuperViTConfig):  # which has no mask token
+            return replace(run, model=replace(run.model, classes=len(self.labels)))
+        return replace(run, model=replace(run.model, classes=len(self.labels), mask_token=not self.labels))
+
+    def compile(self, model: nn.Module) -> None:
+        """torch.compile what the training step calls."""
+        model.compile()
+
+    def losses(self, model: nn.Module, images: Tensor, targets: Tensor, step: int, average: nn.Module | None) -> Iterator[Tensor]:
+        """The losses of one step, each backpropagated before the next is asked for: of most tasks one.
+
+        Args:
+            step: for tasks whose losses depend on it.
+            average: the moving average of the weights, where there is one.
+        """
+        yield self.loss(model, images, targets)
 
     def describe(self) -> str:
         """The set in words."""
@@ -61,8 +79,8 @@ class Pictures:
         common = {"batch": run.batch, "seed": run.seed, "start_step": start, "steps": steps, "policy": run.input.bad_files}
         if run.input.resident:
             return resident_batches(source, self.preprocess, run.augment, device=device, **common)
-        workers, pin = worker_count(run.input.workers), device.type == "cuda"
-        return train_batches(source, train_transform(self.preprocess, run.augment), workers=workers, pin_memory=pin, **common)
+        more = {"workers": worker_count(run.input.workers), "repeats": run.augment.repeats, "pin_memory": device.type == "cuda"}
+        return train_batches(source, train_transform(self.preprocess, run.augment), **more, **common)
 
     def eval_batches(self) -> Iterator[Batch]:
         """The held-out pictures, each once, in order."""
@@ -83,7 +101,11 @@ class Pictures:
         A table that SimMIM learnt is resized geometrically, as its official fine-tuning does, any other bicubically.
         """
         model = self.run.model
-        table = "geometric" if old.config.mask_token and not mask_token else "bicubic"
+        if isinstance(model, SuperViTConfig) and isinstance(old, ViT):
+            old = to_supervit(old, replace(model, classes=old.config.classes))
+        if isinstance(model, SuperViTConfig):
+            mask_token = None
+        table = "geometric" if getattr(old.config, "mask_token", False) and not mask_token else "bicubic"
         if type(old.config) is not type(model):
             kinds = (type(old.config).__name__, type(model).__name__)
             raise ValueError(

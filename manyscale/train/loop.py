@@ -79,7 +79,7 @@ class _Training:
         self.run: Run = replace(task.run, model=model.config)
         self.state = State(model.to(self.device), self.run.optim)
         if task.run.compile:
-            self.state.model.compile()
+            task.compile(self.state.model)
         self.signal = 0
         self.began, self.saved, self.drawn = began, time.monotonic(), time.monotonic()  # opening the data counts towards a time budget
 
@@ -169,13 +169,13 @@ class _Training:
         total = 0.0
         for part in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
             randomness = _random_states()
-            with self._autocast():
-                loss = self.task.loss(state.model, *part) * (len(part[0]) / len(images))
-            total += loss.item()
-            if not math.isfinite(total):
-                _random_states(randomness)
-                self._blame(part, batch.ids)
-            loss.backward()
+            for loss in self._losses(part):
+                loss = loss * (len(part[0]) / len(images))
+                total += loss.item()
+                if not math.isfinite(total):
+                    _random_states(randomness)
+                    self._blame(part, batch.ids)
+                loss.backward()
         parameters = [p for p in state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if not torch.isfinite(norm):
@@ -188,6 +188,17 @@ class _Training:
         if state.ema:
             state.ema.update_parameters(state.model)
         return total
+
+    def _losses(self, part: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
+        """The task's losses, computed one by one in the run's precision, at most one of their graphs alive."""
+        average = self.state.ema.module if self.state.ema else None
+        losses = self.task.losses(self.state.model, *part, self.clock.step, average)
+        while True:
+            with self._autocast():
+                loss = next(losses, None)
+            if loss is None:
+                return
+            yield loss
 
     def _eager(self) -> AbstractContextManager:
         """Where compiling does not pay: few batches, some of another size, or modules that are watched."""
@@ -210,8 +221,9 @@ class _Training:
             return hook
 
         hooks = [module.register_forward_hook(watch(name)) for name, module in self.state.model.named_modules() if name]
-        with torch.no_grad(), self._autocast(), self._eager():
-            self.task.loss(self.state.model, *part)
+        with torch.no_grad(), self._eager():
+            for _ in self._losses(part):
+                pass
         for hook in hooks:
             hook.remove()
         where = f"first in module {culprits[0]}" if culprits else "with every module's output finite"
@@ -284,7 +296,8 @@ class _Training:
             self.task.save(model, best)
             write_json(best / "recipe.json", to_dict(self.run))
             write_json(best / "metrics.json", record)
-        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in metrics if name != "pictures")
+        told = [name for name in metrics if name != "pictures" and not name.startswith("accuracy ")]  # one for every setting of a supernet
+        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in told)
         self.log.note(f"{self.log.name}  step {clock.step}  {shown}{'  best' if better else ''}")
         if 0 < self.run.schedule.patience <= clock.stale and clock.step < clock.steps:
             self.log.note(f"no better evaluation in {clock.stale}: stopped early")

@@ -13,14 +13,15 @@ from manyscale.train.moments import Adafactor, Adam, Sgd
 # Besides vectors and biases. Position biases and the logit scale are what Swin's official `no_weight_decay_keywords` mean
 # to name; in its SimMIM pre-training the names do not match and they are decayed by mistake (`Optim.decay_position_bias`).
 SWIN_NOT_DECAYED = (".bias.", "logit_scale")
-# ViT's original decays kernels only. (timm's list forgets the query of MAP pooling.)
-VIT_NOT_DECAYED = ("position", "probe")
-HEAD = "head.weight"  # the classifier; MAP pooling, which ViT's code calls a head too, is body
+# ViT's original decays kernels only. (timm's list forgets the query of MAP pooling; SuperViT's official code means to spare its
+# positions, and decays them, since its list has the name of their list.)
+VIT_NOT_DECAYED = {"position", "positions", "probe", "registers"}
+HEADS = ("head.weight", "token_head.weight")  # the classifiers; MAP pooling, which ViT's code calls a head too, is body
 
 
 def is_decayed(name: str, parameter: nn.Parameter, position_bias: bool = False) -> bool:
     """Whether weight decay pulls on this parameter where no rule says so; with `position_bias`, on Swin's position biases too."""
-    if parameter.ndim < 2 or name.rpartition(".")[2] in VIT_NOT_DECAYED:
+    if parameter.ndim < 2 or VIT_NOT_DECAYED.intersection(name.split(".")):
         return False
     return position_bias or not any(part in name for part in SWIN_NOT_DECAYED)
 
@@ -41,7 +42,7 @@ def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
         elif not is_decayed(name, parameter, optim.decay_position_bias):
             found[name] = 0.0
         else:
-            found[name] = optim.head_decay if name == HEAD and optim.head_decay is not None else optim.weight_decay
+            found[name] = optim.head_decay if name in HEADS and optim.head_decay is not None else optim.weight_decay
     for pattern, _, names in rules:
         if not names:
             some = ", ".join(list(found)[:3])

@@ -60,6 +60,13 @@ def test_order_is_a_permutation(count, seed, epoch):
     assert torch.equal(permutation, order(count, seed, epoch))
 
 
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 9))
+def test_repeats_show_fewer_samples_several_times_in_a_row(count, repeats, epoch):
+    shown = order(count, 3, epoch, repeats).tolist()
+    assert len(shown) == count and len(set(shown)) == -(-count // repeats)
+    assert shown == [order(count, 3, epoch).tolist()[place // repeats] for place in range(count)]
+
+
 def test_orders_differ():
     orders = {tuple(order(50, seed, epoch).tolist()) for seed in range(10) for epoch in range(10)}
     assert len(orders) == 100
@@ -121,6 +128,19 @@ def test_what_a_run_is_made_of(reference):
         assert read.images.dtype == torch.float32 and read.labels.dtype == torch.int64
         assert read.labels.tolist() == [int(name.split(".")[0]) % 3 for name in read.ids]
         assert len(read.images) + len(read.bad) == 6
+
+
+def test_repeats_are_augmented_anew():
+    source = Digits(held_out=False)
+    batches = run(0, source=source, batch=9, steps=4, repeats=3)
+    assert all(batch.ids[0::3] == batch.ids[1::3] == batch.ids[2::3] and len(set(batch.ids)) == 3 for batch in batches)
+    for batch in batches:
+        for i in range(0, 9, 3):
+            assert not torch.equal(batch.images[i], batch.images[i + 1]) and not torch.equal(batch.images[i + 1], batch.images[i + 2])
+    once = {name: image for batch in run(0, source=source, batch=9, steps=159) for name, image in zip(batch.ids, batch.images, strict=True)}
+    first = {name: image for batch in batches[:1] for name, image in zip(batch.ids[::3], batch.images[::3], strict=True)}
+    assert all(torch.equal(once[name], image) for name, image in first.items()), "the first copy is the one there was without repeats"
+    assert same(batches[2:], run(0, 2, source=source, batch=9, steps=4, repeats=3))
 
 
 def test_what_a_run_reads():

@@ -14,6 +14,7 @@ from tests.train.test_moments import state_bytes
 
 VIT = {"image_size": 64, "patch": 8, "width": 128, "depth": 2, "heads": 2, "mlp_width": 200, "classes": 40}
 SWIN = {"image_size": 64, "patch": 4, "window": 4, "width": 64, "depths": (2, 1), "heads": (2, 4), "classes": 33}
+SUPER = {"sizes": (48, 64), "patch": 8, "width": 128, "depth": 2, "heads": 2, "mlp_width": 200, "drop_blocks": (1,), "classes": 40}
 NETS = [
     ("vit_tiny_patch16", {**VIT, "pool": "map", "pre_logits": 48}),
     ("vit_tiny_patch16", {**VIT, "pool": "token", "mask_token": True}),
@@ -22,6 +23,8 @@ NETS = [
     ("swinv2_tiny", {**SWIN, "level_norms": True, "mask_token": True, "extra_norm_every": 1}),
     ("swinv2_tiny", {**SWIN, "heads": (2, 32), "width": 64}),
     ("swin_tiny", {**SWIN, "heads": (2, 32)}),
+    ("supervit_deit_tiny", {**SUPER, "registers": 40}),
+    ("supervit_lvvit_tiny", {**SUPER, "stem_width": 40, "positions": "interpolated"}),
 ]
 
 

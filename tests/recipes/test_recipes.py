@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from manyscale.config import Run, SwinConfig, from_dict, to_dict
+from manyscale.config import Run, SuperViTConfig, SwinConfig, ViTConfig, from_dict, to_dict
 from manyscale.presets import model_config
 from manyscale.recipes import RECIPES, tiny
 from manyscale.recipes.vit_ladder import SIZES
@@ -77,6 +77,7 @@ def test_the_numbers_of_simmim():
 def test_every_recipe_is_listed_under_its_own_name_and_survives_json():
     others = {"digits", "cifar10", "folder", "simmim_cifar10", "simmim_folder", "finetune", "vit_cifar10", "vit_giant_pretrain"}
     others |= {"vit_finetune", *(f"vit_ladder_{size}" for size in SIZES)}
+    others |= {"supervit_cifar10", "supervit_folder", "supervit_imagenet_deit_small", "supervit_imagenet_lvvit_small"}
     assert set(TABLE) | others | {"simmim_imagenet_swinv2_base", "simmim_swinv2_giant_70m"} == set(RECIPES)
     for name, recipe in RECIPES.items():
         run = recipe()
@@ -88,8 +89,13 @@ def test_every_recipe_is_listed_under_its_own_name_and_survives_json():
 def test_the_tiny_twin_keeps_the_switches(name):
     run, twin = RECIPES[name](), tiny(RECIPES[name]())
     assert twin.augment == run.augment and twin.optim.weight_decay == run.optim.weight_decay
-    kept = ("similarity", "norm", "bias") if isinstance(run.model, SwinConfig) else ("pool", "position", "gelu", "head_bias")
-    assert all(getattr(twin.model, name) == getattr(run.model, name) for name in kept)
+    kept = {
+        SwinConfig: ("similarity", "norm", "bias"),
+        ViTConfig: ("pool", "position", "gelu", "head_bias"),
+        SuperViTConfig: ("keeps", "stem", "skip", "token_head", "qkv_bias", "positions", "count_rule"),
+    }
+    assert all(getattr(twin.model, name) == getattr(run.model, name) for name in kept[type(run.model)])
+    assert (twin.supernet.sampling, twin.supernet.mix_token) == (run.supernet.sampling, run.supernet.mix_token)
     if isinstance(run.model, SwinConfig):
         assert bool(twin.model.pretrained_window) == bool(run.model.pretrained_window)
     else:
@@ -107,6 +113,8 @@ def test_the_tiny_twin_keeps_the_switches(name):
         "finetune",
         "vit_giant_pretrain",
         "vit_finetune",
+        "supervit_imagenet_deit_small",
+        "supervit_imagenet_lvvit_small",
     ],
 )
 def test_the_tiny_twin_trains(name, tmp_path):
@@ -129,3 +137,18 @@ def test_vit_recipes_are_the_papers():
     assert (giant.loss, giant.model.head_bias, giant.batch, giant.optim.method) == ("sigmoid", -10.0, 16_384, "adafactor")
     assert (tune.optim.method, tune.optim.momentum, tune.optim.betas[0], tune.optim.weight_decay) == ("sgd", "bfloat16", 0.9, 0.0)
     assert (tune.batch, tune.schedule.length, tune.schedule.warmup, tune.model.image_size) == (512, "20k-steps", "500-steps", 384)
+
+
+def test_supervit_recipes_are_the_official_runs():
+    deit, lvvit = (RECIPES[f"supervit_imagenet_{name}_small"]() for name in ("deit", "lvvit"))
+    for run in (deit, lvvit):
+        assert (run.task, run.batch, run.schedule.epochs, run.schedule.warmup) == ("supernet", 1024, 300, 5)
+        assert (run.model.sizes, run.model.keeps, run.model.drop_blocks) == ((128, 160, 192, 224), (0.5, 0.7, 1.0), (3, 6, 9))
+        assert (run.optim.weight_decay, run.optim.eps, run.optim.clip, run.model.drop_path) == (0.05, 1e-8, 0.0, 0.1)
+        assert (run.supernet.sampling, run.supernet.teacher, run.supernet.temperature) == ("paper", "size", 1.0)
+        assert (run.augment.randaugment, run.augment.magnitude, run.augment.erase, run.augment.smoothing) == (2, 9, 0.25, 0.1)
+    assert (deit.optim.lr * 2, deit.optim.warmup_lr * 2, deit.optim.min_lr * 2, deit.optim.lr_batch) == (1e-3, 1e-6, 1e-5, 512)
+    assert (deit.augment.mixup, deit.augment.cutmix, deit.augment.repeats, deit.input.crop_ratio) == (0.8, 1.0, 3, 0.875)
+    assert (lvvit.optim.lr, lvvit.optim.warmup_lr, lvvit.optim.min_lr, lvvit.optim.lr_batch) == (1.6e-3, 1e-6, 1e-5, 0)
+    assert (lvvit.augment.mixup, lvvit.augment.cutmix, lvvit.supernet.mix_token, lvvit.optim.ema) == (0, 0, 1.0, 0.99992)
+    assert (lvvit.input.crop_ratio, lvvit.model.token_head, lvvit.model.skip, lvvit.model.depth) == (0.9, 0.25, 2.0, 16)
