@@ -31,7 +31,7 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
         where: what the errors call the place, such as a file's name.
 
     Raises:
-        ValueError: an unknown field (with the nearest known one), a wrong type, or a value the class refuses.
+        ValueError: an unknown field (with the nearest known one) or a missing one, a wrong type, or a value the class refuses.
     """
     prefix = f"{where}: " if where else ""
     if not isinstance(values, dict):
@@ -40,6 +40,9 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
     for name in values:
         if name not in kinds:
             raise ValueError(f"{prefix}unknown field `{name}` of {kind.__name__}; {nearest(name, kinds)}")
+    for field in dataclasses.fields(kind):
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}field `{field.name}` of {kind.__name__} is missing")
     arguments = {name: _read(kinds[name], value, f"{prefix}field `{name}`") for name, value in values.items()}
     try:
         return kind(**arguments)
