@@ -77,7 +77,7 @@ def test_every_verb_has_help(capsys):
         (["train", "folder", "--data", "/no/such/place"], "no folder '/no/such/place'"),
         (["predict", "/no/such/run", "x.png"], "/no/such/run: no such file or folder"),
         (["plan", "count", "swinv2_tinny"], "unknown model `swinv2_tinny`; did you mean `swinv2_tiny`?"),
-        (["plan", "weather"], "unknown plan `weather`; known: count"),
+        (["plan", "weather"], "unknown plan `weather`; known: cost, count"),
         (["plan", "count", "swinv2_tiny", "--window", "0"], "field `window`: 0 must be at least 1"),
         (["convert", "/no/file.pth", "--source", "timm", "--name", "swinv2_tiny", "--out", "x"], "/no/file.pth"),
         (["eval", "/no/such/run"], "/no/such/run: no such file or folder"),

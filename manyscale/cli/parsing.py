@@ -1,10 +1,12 @@
-"""What the verbs share: reading their arguments, and leaving with a message."""
+"""What the verbs share: reading their arguments, printing tables, and leaving with a message."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 from tyro.conf import AvoidSubcommands, OmitArgPrefixes
 
 
@@ -17,3 +19,18 @@ def leave(message: str, code: int) -> NoReturn:
     """End the process: a sentence for the person, an exit code for the shell."""
     print(f"manyscale: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: int, title: str | None = None) -> Table:
+    """A plain table, its columns from the `right`th on flush right."""
+    table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
+    for column in table.columns[right:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table; where the output is no terminal, 160 characters wide."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)

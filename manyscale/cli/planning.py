@@ -1,15 +1,13 @@
 """Verbs that answer before you pay: plan, models, doctor."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
 from tyro.conf import Positional
 
-from manyscale.cli.parsing import parse
+from manyscale.cli.costing import cost
+from manyscale.cli.parsing import parse, plain_table, show
 from manyscale.config import Size, SwinConfig, ViTConfig, Windows, nearest
 from manyscale.presets import list_models, model_config
 from manyscale.storage import write_json
@@ -30,7 +28,7 @@ def _count(model: Positional[str], image_size: Size | None = None, window: Windo
     for name in list_models(model) or [model]:
         config = model_config(name, **fields)
         header, *rows = counting.table(counting.count(config))
-        _print(_table(header, rows, right=3, title=name))
+        show(plain_table(header, rows, right=3, title=name))
         if isinstance(config, ViTConfig):
             parameters, flops = counting.as_table_2(config)
             print(f"as Table 2 of Scaling ViT counts (no pooling, no head, a multiply-add as two): {parameters:,} parameters, "
@@ -74,8 +72,8 @@ def _laws(
     rows = [
         (p.model or p.label, f"{p.images:.3g}" if p.images else "", f"{p.compute:.4g}", f"{p.error:.2%}", f"{r:+.2%}") for p, r in pairs
     ]
-    _print(
-        _table(
+    show(
+        plain_table(
             ("model", "images", unit, "error", "over the law"),
             rows,
             right=1,
@@ -123,19 +121,20 @@ def _memory(model: Positional[str], classes: int | None = None, ema: bool = Fals
                 (method, "bfloat16" if half else "float32", *(f"{size / 2**30:.2f}" for size in sizes), f"{found.per_parameter:.2f}")
             )
         header = ("method", "momentum", "weights", "gradients", "optimiser", "total GiB", "optimiser bytes / parameter")
-        _print(_table(header, rows, right=2, title=f"{name}: {found.parameters:,} parameters"))
+        show(plain_table(header, rows, right=2, title=f"{name}: {found.parameters:,} parameters"))
     print("activations come on top, with batch and image size")
 
 
 PLANS: dict[str, tuple[Callable[..., None], str]] = {
     "count": (_count, "MODEL [--image-size ...] [--window ...] [--classes ...]"),
     "memory": (_memory, "MODEL [--classes ...] [--ema]"),
+    "cost": (cost, "RUN [--batch ...] [--latency 20ms | --gflops 2 | --throughput 500 | --accuracy 0.75] [--cascade]"),
     "laws": (_laws, "FILE|RUN ... [--metric ...] [--budget ...] [--out ...]"),
 }
 
 
 def plan(arguments: list[str]) -> None:
-    """Answers before you pay: `plan count MODEL` (parameters, GFLOPs), `plan memory MODEL`, `plan laws FILE` (scaling laws)."""
+    """Answers before you pay: `plan count MODEL` (parameters, GFLOPs), `plan memory MODEL`, `plan cost RUN`, `plan laws FILE`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("\n".join(f"manyscale plan {name} {usage}" for name, (_, usage) in PLANS.items()))
         if not arguments:
@@ -144,20 +143,6 @@ def plan(arguments: list[str]) -> None:
     if arguments[0] not in PLANS:
         raise ValueError(f"unknown plan `{arguments[0]}`; {nearest(arguments[0], PLANS)}")
     parse(PLANS[arguments[0]][0], f"plan {arguments[0]}", arguments[1:])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: int, title: str | None = None) -> Table:
-    """A plain table, its columns from the `right`th on flush right."""
-    table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
-    for column in table.columns[right:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _print(table: Table) -> None:
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def models(arguments: list[str]) -> None:
@@ -177,7 +162,7 @@ def models(arguments: list[str]) -> None:
             counted = count(config)
             window = str(config.window) if isinstance(config, SwinConfig) else ""
             rows.append((name, f"{counted.parameters:,}", f"{counted.macs / 1e9:.1f}", str(config.image_size), window))
-        _print(_table(("name", "parameters", "GFLOPs", "image", "window"), rows, right=1))
+        show(plain_table(("name", "parameters", "GFLOPs", "image", "window"), rows, right=1))
 
     parse(run, "models", arguments)
 

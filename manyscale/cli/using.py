@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from tyro.conf import Positional
 
 from manyscale.cli.parsing import parse
-from manyscale.config import Preprocess, Size, SuperViTConfig, ViTConfig, Windows, to_dict
+from manyscale.config import Preprocess, Setting, Size, SuperViTConfig, ViTConfig, Windows, to_dict
 from manyscale.storage import write, write_json
 
 Source = Literal["official", "timm", "transformers", "torchvision", "mmpretrain", "simmim", "big_vision", "vision_transformer", "supervit"]
@@ -61,6 +61,7 @@ def evaluate(arguments: list[str]) -> None:
         model: Positional[str],
         data: str = "",
         split: str = "val",
+        setting: str = "",
         batch: int = 64,
         workers: int = -1,
         device: str = "auto",
@@ -72,6 +73,7 @@ def evaluate(arguments: list[str]) -> None:
             model: a run's folder or a folder with a model.
             data: a set by name or folder; empty: the one it was trained on.
             split: val, test, train, or another split folder; all: a folder without splits, whole.
+            setting: how it is run: 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; empty: its own size, whole.
             batch: pictures at a time.
             workers: loader processes.
             device: where to compute.
@@ -85,17 +87,18 @@ def evaluate(arguments: list[str]) -> None:
             lambda path, reason: bad.append(f"left out {path}: {reason}"),
             data=data,
             split=split,
+            setting=setting,
             batch=batch,
             workers=workers,
             device=device,
         )
         print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
         if json_lines:
-            print(json.dumps({**metrics, "split": split, "bad_files": len(bad)}))
+            print(json.dumps({**metrics, "split": split, "bad_files": len(bad), **({"setting": setting} if setting else {})}))
         else:
             shares = {"accuracy": "top-1 {:.2%}", "top5": "top-5 {:.2%}", "val_loss": "loss {:.4f}", "l1": "l1 {:.4f}"}
             said = ", ".join(shares[name].format(value) for name, value in metrics.items() if name in shares)
-            print(f"{model} on {split}: {said}, {metrics['pictures']:,} pictures, {len(bad)} left out")
+            print(f"{model}{' at ' * bool(setting)}{setting} on {split}: {said}, {metrics['pictures']:,} pictures, {len(bad)} left out")
 
     parse(run, "eval", arguments)
 
@@ -106,6 +109,8 @@ def predict(arguments: list[str]) -> None:
     def run(
         model: Positional[str],
         files: Positional[tuple[str, ...]],
+        setting: str = "",
+        cascade: tuple[str, ...] | None = None,
         top: int = 5,
         out: str = "",
         device: str = "auto",
@@ -116,6 +121,8 @@ def predict(arguments: list[str]) -> None:
         Args:
             model: a run's folder or a folder with a model.
             files: pictures, or folders of them.
+            setting: how the net is run: 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; empty: its own size, whole.
+            cascade: a cheap setting first, a better one where it is unsure: alone, the run's cascade.json; or another such file.
             top: how many classes of each.
             out: where `predictions.jsonl` and `sheet.png` go; empty: `predictions` in the model's folder.
             device: where to compute.
@@ -132,10 +139,16 @@ def predict(arguments: list[str]) -> None:
             raise ValueError("give at least one picture or folder")
         if top < 1:
             raise ValueError(f"field `top`: {top} must be at least 1")
+        if setting and cascade is not None:
+            raise ValueError("give --setting or --cascade")
         if is_masked(model):
+            if setting or cascade is not None:
+                raise ValueError("a SimMIM run paints at its own size; leave out --setting and --cascade")
             _paint(model, find_pictures(files), Path(out or f"{model}/predictions"), device, json_lines)
             return
-        answers = list(ask(load(model).to(pick_device(device)), find_pictures(files), top=top))
+        net = load(model).to(pick_device(device))
+        how = Setting.read(setting) if setting else None if cascade is None else _cascade(net, model, cascade)
+        answers = list(ask(net, find_pictures(files), top=top, how=how))
         good = [answer for answer in answers if not answer.error]
         if json_lines:
             print("\n".join(json.dumps(answer.as_json()) for answer in answers))
@@ -152,6 +165,16 @@ def predict(arguments: list[str]) -> None:
         print(f"wrote {folder}/predictions.jsonl and sheet.png", file=sys.stderr)
 
     parse(run, "predict", arguments)
+
+
+def _cascade(net: Any, model: str, files: tuple[str, ...]) -> Any:
+    from manyscale.ship.cascade import read_cascade
+    from manyscale.ship.measure import fingerprint
+
+    if len(files) > 1:
+        raise ValueError(f"field `cascade`: give one file, or none for the run's own, not {' '.join(files)}; pictures stand before it")
+    folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    return read_cascade(files[0] if files else folder / "cascade.json", fingerprint(net))
 
 
 def _paint(model: str, files: list[str], folder: Path, device: str, json_lines: bool) -> None:

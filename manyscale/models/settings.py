@@ -1,4 +1,4 @@
-"""One static graph for each setting of a net."""
+"""A net at one of its settings, and a static graph for each."""
 
 from collections.abc import Callable, Iterable
 from types import FunctionType
@@ -9,8 +9,38 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_constant
 
 from manyscale.config import Setting
+from manyscale.models.vit import ViT
+from manyscale.ops.images import resized
 
 register_constant(Setting)  # so that torch.export takes one as an argument
+
+
+def run_at(model: nn.Module, images: Tensor, setting: Setting | None) -> Tensor:
+    """`model(images, setting=setting)` for a net of any kind: (B, 3, H, W) -> (B, classes). None: the images as they come.
+
+    Raises:
+        ValueError: a setting that the net cannot be run at.
+    """
+    if setting is None:
+        return model(images)
+    if not isinstance(model, ViT):
+        return model(images, setting=setting)
+    if setting.window is not None or not setting.is_full:
+        raise ValueError(f"setting {setting}: a ViT keeps every token and has no windows; give a size alone")
+    size = setting.size or tuple(images.shape[2:])
+    return model(resized(images, size if isinstance(size, tuple) else (size, size)))
+
+
+class AtSetting(nn.Module):
+    """A net at one setting, for whoever calls a net with images alone."""
+
+    def __init__(self, model: nn.Module, setting: Setting | None) -> None:
+        super().__init__()
+        self.model, self.setting = model, setting
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, classes)"""
+        return run_at(self.model, images, self.setting)
 
 
 def compile_settings(model: nn.Module, settings: Iterable[Setting], **options: Any) -> dict[Setting, Callable[..., Any]]:

@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
-from manyscale.config import Input, Run, from_dict
+from manyscale.config import Input, Run, Setting, from_dict
 from manyscale.data.loader import eval_batches, worker_count
 from manyscale.data.sources import Source, open_split
 from manyscale.data.transforms import eval_transform
 from manyscale.heads.pixels import is_masked, load_masked
 from manyscale.models import Net, load
+from manyscale.models.settings import AtSetting
+from manyscale.ship.answers import prepared
 from manyscale.storage import read_json
 from manyscale.tasks import simmim
 from manyscale.tasks.classify import score
@@ -24,6 +27,7 @@ def evaluate(
     *,
     data: str = "",
     split: str = "val",
+    setting: str = "",
     batch: int = 64,
     workers: int = -1,
     device: str = "auto",
@@ -36,30 +40,53 @@ def evaluate(
     Args:
         path: a run's folder, or any folder that `ms.save` wrote; a run brings its own data.
         data: a set by name or folder; empty: the one the run was trained on.
+        setting: how the net is run, such as 160/0.7 or 192/window=12; empty: at its own size, whole.
         report: called with path and reason of every picture that could not be read.
 
     Raises:
-        ValueError: no such model, set or split, or classes that are not the model's.
+        ValueError: no such model, set or split, classes that are not the model's, or a setting it cannot be run at.
     """
     if batch < 1:
         raise ValueError(f"field `batch`: {batch} must be at least 1")
     run = recipe_of(path)
     if is_masked(path) and run:
+        if setting:
+            raise ValueError(f"field `setting`: {setting}: a SimMIM run paints at its own size; leave it out")
         settings = replace(run.input, data=data or run.input.data, workers=workers, cache=False)
         return _score_painting(
             path, open_split(settings, split, run.seed, labelled=False).source, run, settings, report, batch, device, precision
         )
     model = load(path)
-    if not model.preprocess or not model.config.classes:
-        raise ValueError(f"{path}: no head, or no word on how its pictures are prepared; give a model that `train` wrote")
+    chosen, asked = pick_device(device), Setting.read(setting) if setting else None
+    transform = eval_transform(prepared(model, [asked]))
+    scored = open_scored(path, model, data, split)
+    batches = eval_batches(scored.source, transform, batch=batch, workers=worker_count(workers), policy=scored.policy)
+    net, dtype = AtSetting(model, asked).to(chosen), pick_precision(precision, chosen)
+    return score(net, batches, chosen, dtype, report, scored.order, run.loss if run else "softmax")
+
+
+class Scored(NamedTuple):
+    """The pictures that a model is scored on."""
+
+    source: Source
+    order: torch.Tensor | None  # (K,) int64, the model's class for each of the set's; None: they are in the same order
+    policy: Literal["skip", "stop"]  # what becomes of files that cannot be read
+    name: str  # set and split
+
+
+def open_scored(path: str, model: Net, data: str = "", split: str = "val") -> Scored:
+    """The split of a set that the model at `path` is scored on; empty `data`: the set that the run was trained on.
+
+    Raises:
+        ValueError: no such set or split, no word on which, or classes that are not the model's.
+    """
+    run = recipe_of(path)
     if not data and not run:
         raise ValueError(f"{path}: there is no recipe.json that names its data; give --data")
-    settings = replace(run.input if run else Input(), workers=workers, cache=False)
-    source, classes, _ = open_split(replace(settings, data=data or settings.data), split, run.seed if run else 0)
-    order = _class_order(model, classes)
-    chosen = pick_device(device)
-    batches = eval_batches(source, eval_transform(model.preprocess), batch=batch, workers=worker_count(workers), policy=settings.bad_files)
-    return score(model.to(chosen), batches, chosen, pick_precision(precision, chosen), report, order, run.loss if run else "softmax")
+    settings = replace(run.input if run else Input(), cache=False)
+    settings = replace(settings, data=data or settings.data)
+    source, classes, _ = open_split(settings, split, run.seed if run else 0)
+    return Scored(source, _class_order(model, classes), settings.bad_files, f"{settings.data}, {split}")
 
 
 def _score_painting(

@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from manyscale.config import Setting
 from manyscale.data.images import EXTENSIONS, BadImage, read_image
 from manyscale.data.transforms import eval_transform
 from manyscale.models import Net
+from manyscale.models.settings import run_at
+from manyscale.ship.answers import prepared
+from manyscale.ship.cascade import Cascade, run_cascade
 
 BATCH = 32
 
@@ -19,12 +23,14 @@ class Prediction(NamedTuple):
     path: str
     top: tuple[tuple[str, float], ...]  # (label, probability), likeliest first; empty where the file is bad
     error: str = ""
+    setting: str = ""  # of a cascade, the one that had the last word
 
     def as_json(self) -> dict[str, Any]:
         """The prediction as JSON values."""
         if self.error:
             return {"path": self.path, "error": self.error}
-        return {"path": self.path, "top": [{"label": label, "probability": round(p, 6)} for label, p in self.top]}
+        top = [{"label": label, "probability": round(p, 6)} for label, p in self.top]
+        return {"path": self.path, "top": top} | ({"setting": self.setting} if self.setting else {})
 
 
 def find_pictures(paths: tuple[str, ...]) -> list[str]:
@@ -48,15 +54,19 @@ def find_pictures(paths: tuple[str, ...]) -> list[str]:
 
 
 @torch.no_grad()
-def predict(model: Net, paths: list[str], *, top: int = 5, max_pixels: int = 64_000_000) -> Iterator[Prediction]:
+def predict(
+    model: Net, paths: list[str], *, top: int = 5, how: Setting | Cascade | None = None, max_pixels: int = 64_000_000
+) -> Iterator[Prediction]:
     """The `top` likeliest classes of each picture, in order. A file that cannot be read gets an `error`, and the rest go on.
 
+    Args:
+        how: at which setting, or through which cascade; None: at the model's own size, whole.
+
     Raises:
-        ValueError: a model without a head, or one that does not know how its pictures are prepared.
+        ValueError: a model without a head, one that does not know how its pictures are prepared, or a setting it cannot be run at.
     """
-    if not model.preprocess or not model.config.classes:
-        raise ValueError("this model has no head or does not know how its pictures are prepared; give one that `train` wrote")
-    transform, device = eval_transform(model.preprocess), next(model.parameters()).device
+    settings = how.settings if isinstance(how, Cascade) else (how,)
+    transform, device = eval_transform(prepared(model, settings)), next(model.parameters()).device
     labels = model.labels or tuple(map(str, range(model.config.classes)))
     for start in range(0, len(paths), BATCH):
         read: dict[str, torch.Tensor] = {}
@@ -66,10 +76,16 @@ def predict(model: Net, paths: list[str], *, top: int = 5, max_pixels: int = 64_
                 read[path] = transform(read_image(path, max_pixels))
             except BadImage as error:
                 bad[path] = error.reason
-        answers = {}
+        answers, by = {}, {}
         if read:
-            best = model(torch.stack(list(read.values())).to(device)).float().softmax(-1).topk(min(top, len(labels)))
+            images = torch.stack(list(read.values())).to(device)
+            if isinstance(how, Cascade):
+                said, stages = run_cascade(model, how, images)
+                by = {path: str(how.settings[stage]) for path, stage in zip(read, stages.tolist(), strict=True)}
+            else:
+                said = run_at(model, images, how).float().softmax(-1)
+            best = said.topk(min(top, len(labels)))
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
             answers = {path: tuple((labels[i], p) for p, i in zip(*row, strict=True)) for path, row in zip(read, rows, strict=True)}
         for path in paths[start : start + BATCH]:
-            yield Prediction(path, answers.get(path, ()), bad.get(path, ""))
+            yield Prediction(path, answers.get(path, ()), bad.get(path, ""), by.get(path, ""))
