@@ -39,6 +39,7 @@ STUDIES = {
     "scaling": "sizes x data x durations, their frontier and its law (Scaling ViT, Figures 2 and 3)",
     "weight-decay": "decay of the head against that of the body (Scaling ViT, Figure 5 left)",
     "heads": "class token, mean and MAP pooling, and what a token costs (Scaling ViT, Figure 5 right)",
+    "supervit": "one net for twelve costs against nets of one size (SuperViT)",
 }
 
 

@@ -52,7 +52,7 @@ def supervit_cifar10() -> Run:
         recipe="supervit_cifar10",
         task="supernet",
         model=SuperViTConfig(
-            sizes=(16, 24, 32), keeps=(0.3, 0.5, 0.7, 1.0), patch=4, width=128, depth=8, heads=4, mlp_width=512, drop_blocks=(2, 4, 6)
+            sizes=(16, 24, 32), keeps=(0.3, 0.5, 0.7, 1.0), patch=4, width=96, depth=8, heads=3, mlp_width=384, drop_blocks=(2, 4, 6)
         ),
         input=Input(data="cifar10", statistics="half", crop_ratio=1.0, cache=True, workers=0),
         augment=Augment(crop="pad", smoothing=0.1),

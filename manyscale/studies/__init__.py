@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from manyscale.studies import amplitudes, bias_maps, heads, norms, position_bias, scaling, simmim, stability, weight_decay
+from manyscale.studies import amplitudes, bias_maps, heads, norms, position_bias, scaling, simmim, stability, supervit, weight_decay
 from manyscale.studies.study import Terms, begin
 
 STUDIES = {
@@ -16,6 +16,7 @@ STUDIES = {
     "scaling": scaling.study,
     "weight-decay": weight_decay.study,
     "heads": heads.study,
+    "supervit": supervit.study,
 }
 MANY_CLASSES = ("scaling", "weight-decay", "heads")  # learn from many classes, and ask about others
 

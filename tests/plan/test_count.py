@@ -1,12 +1,13 @@
 """The closed form against the model itself: parameters to the digit, multiply-adds against torch's own counter."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from manyscale.config import NetConfig, SwinConfig, ViTConfig
+from manyscale.config import NetConfig, Setting, SuperViTConfig, SwinConfig, ViTConfig
 from manyscale.layers.attention import Attention, CrossAttention, WindowAttention
 from manyscale.models import build
 from manyscale.plan.count import count, table
@@ -82,6 +83,51 @@ def test_vits(pool, position, fields):
 @pytest.mark.parametrize(("size", "window"), [(640, 40), (384, 24), (500, 16)])
 def test_large_images(size, window):
     agrees(model_config("swinv2_tiny", image_size=size, window=window))
+
+
+SUPER = SuperViTConfig(sizes=(16, 24), patch=4, width=24, depth=4, heads=3, mlp_width=50, drop_blocks=(1, 2), classes=7)
+SUPER_FIELDS = [
+    {},
+    {"fuse": True},
+    {"registers": 3},
+    {"count_rule": "patches", "positions": "interpolated"},
+    {"drop_blocks": (0, 3)},
+    {"classes": 0},
+    {"stem": "conv", "stem_width": 6, "token_head": 0.25, "qkv_bias": False},
+    {"sizes": ((16, 24), 16), "drop_blocks": ()},
+]
+
+
+@pytest.mark.parametrize("fields", SUPER_FIELDS, ids=str)
+def test_supervits_at_every_setting(fields):
+    """Exactly what torch counts, the class token's row of scores too."""
+    config = replace(SUPER, **fields)
+    with torch.device("meta"):
+        model = build(config).eval().requires_grad_(False)
+    for block in model.blocks:
+        block.attention.attention_path = "reference"
+    for setting in (*config.settings, Setting(size=config.sizes[0], keep=0.3)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, *config.size, device="meta"), setting)
+        counted = count(config, setting)
+        assert counted.macs == counter.get_total_flops() / 2 == sum(row.macs for row in counted.rows)
+        assert counted.parameters == sum(p.numel() for p in model.parameters()) == sum(row.parameters for row in counted.rows)
+
+
+@pytest.mark.parametrize(("keep", "giga"), [(1.0, 4.60), (0.7, 3.01), (0.5, 2.30)])
+def test_the_official_costs_of_supervit(keep, giga):
+    assert round(count(model_config("supervit_deit_small"), Setting(size=224, keep=keep)).macs / 1e9, 2) == giga
+
+
+def test_settings_of_other_nets():
+    swin, vit = model_config("swinv2_tiny"), ViTConfig(**VIT)
+    assert count(swin, Setting(size=384, window=12)).macs == count(replace(swin, image_size=384, window=12)).macs
+    assert count(swin, Setting(size=384)).macs == count(replace(swin, image_size=384, window=swin.windows)).macs
+    assert count(vit, Setting(size=64)).macs == count(replace(vit, image_size=64)).macs
+    assert count(vit, Setting(size=64)).parameters == count(vit).parameters
+    for config, setting in ((swin, Setting(keep=0.5)), (vit, Setting(keep=0.5)), (vit, Setting(window=3))):
+        with pytest.raises(ValueError, match="keeps every token"):
+            count(config, setting)
 
 
 # FLOPs of the official zoo: name, image size, window, GFLOPs.

@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from manyscale.config import Run, Schedule, SimMIM, SwinConfig, to_dict
+from manyscale.config import Run, Schedule, Setting, SimMIM, SwinConfig, to_dict
 from manyscale.data.sources import open_splits
 from manyscale.models import build
+from manyscale.plan.count import count
 from manyscale.studies import STUDIES, Terms, amplitudes, norms, position_bias, run_study, simmim, stability
 from manyscale.studies.amplitudes import loudness, spread
 from manyscale.studies.bias_maps import bias_map, roughness
@@ -26,7 +27,7 @@ from manyscale.train.schedule import total_rate
 from tests.conftest import loud
 
 FALLEN = {"log-cpb seed 1", "res-post-cosine seed 1", "V1 slim seed 1", "pre-train seed 1", "scratch-1-rate0.001 seed 0",
-          "w32 on 100% seed 1", "body4-head4 seed 1", "gap-decay0.3 seed 1"}  # fmt: skip
+          "w32 on 100% seed 1", "body4-head4 seed 1", "gap-decay0.3 seed 1", "24 px seed 1"}  # fmt: skip
 
 
 @pytest.fixture
@@ -74,8 +75,22 @@ def quickly(monkeypatch, tmp_path):
         monkeypatch.setattr(f"manyscale.studies.{module}.small", tiny)
     for module in ("scaling", "weight_decay", "heads"):
         monkeypatch.setattr(f"manyscale.studies.{module}.vit", tiny_vit)
-    for module in ("amplitudes", "bias_maps", "norms", "position_bias", "simmim", "stability", "scaling", "weight_decay", "heads"):
+    for module in (
+        "amplitudes",
+        "bias_maps",
+        "norms",
+        "position_bias",
+        "simmim",
+        "stability",
+        "scaling",
+        "weight_decay",
+        "heads",
+        "supervit",
+    ):
         monkeypatch.setattr(f"manyscale.studies.{module}.run_grid", here)
+    net = {"width": 8, "depth": 3, "heads": 1, "mlp_width": 8, "drop_blocks": (0, 1)}
+    monkeypatch.setattr("manyscale.studies.supervit.NET", net)
+    monkeypatch.setattr("manyscale.studies.supervit.QUICK", (1_000, 1_000))
     lengths = ("8k-images", "16k-images")
     monkeypatch.setattr("manyscale.studies.scaling.QUICK", {"w32": lengths, "w64": lengths, "w128": lengths[:1]})
     terms = Terms(
@@ -106,6 +121,22 @@ def alike(left: Run, right: Run, *but: str) -> bool:
     flat = [{k: v for part, whole in to_dict(run).items() for k, v in (whole if isinstance(whole, dict) else {part: whole}).items()}
             for run in (left, right)]  # fmt: skip
     return {key for key in flat[0] if flat[0][key] != flat[1][key]} == {"recipe", "out", *but}
+
+
+def many_settings(ran: list[Run], result: dict) -> None:
+    runs = {run.recipe: run for run in ran}
+    for seed in (0, 1):
+        assert alike(runs[f"all settings seed {seed}"], runs[f"24 px seed {seed}"], "sizes", "keeps")
+    assert len(result["values"]) == 4 * 12 and all(len(values) == 2 for values in result["values"].values())
+    assert [value is None for value in result["values"]["24, 16/0.5"]] == [False, True]
+    rows = {row[0]: row for row in result["tables"][0]["rows"]}
+    assert [row[1] for row in rows.values()] == ["3", "5", "10", "16", "4", "10", "19", "36", "7", "17", "33", "64"]
+    front = {setting for setting, row in rows.items() if row[-1] == "yes"}
+    assert front and set(result["findings"][0].partition(": ")[2].split(", ")) == front
+    net = runs["all settings seed 0"].model
+    points = {s: (count(net, Setting.read(s)).macs, fmean(v or 0 for v in result["values"][f"all, {s}"])) for s in rows}
+    for setting, (cost, mean) in points.items():
+        assert any(c <= cost and m >= mean and (c, m) != (cost, mean) for c, m in points.values()) != (setting in front)
 
 
 def position_biases(ran: list[Run], result: dict) -> None:
@@ -205,6 +236,7 @@ CHECKS = {
     "scaling": a_ladder,
     "weight-decay": two_decays,
     "heads": pools_and_layers,
+    "supervit": many_settings,
 }
 
 
