@@ -14,7 +14,8 @@ from PIL import Image
 
 import manyscale as ms
 from manyscale.cli import VERBS, main
-from manyscale.config import Preprocess, Run, to_dict
+from manyscale.config import Preprocess, Run, SuperViTConfig, to_dict
+from manyscale.models import build
 from manyscale.storage import write_json
 from tests.conftest import loud
 
@@ -237,3 +238,15 @@ def test_doctor_finds_this_machine_well(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
     assert "one step of Swin V2" in out and "one step of ViT" in out and "FAIL" not in out
+
+
+def test_batch_norms_are_recalibrated_on_a_set(tmp_path, capsys):
+    shape = {"sizes": (16, 24), "patch": 8, "width": 16, "depth": 2, "heads": 2, "mlp_width": 16, "drop_blocks": (1,)}
+    model = build(SuperViTConfig(**shape, classes=10, stem="conv", stem_width=4))
+    model.preprocess = Preprocess(image_size=(24, 24))
+    ms.save(model, tmp_path / "model")
+    main(["transfer", str(tmp_path / "model"), "--recalibrate", "digits", "--out", str(tmp_path / "new")])
+    new = ms.load(tmp_path / "new")
+    assert new.config.stem_statistics == "per-size" and new.stem.norm1.mean.shape == (2, 4)
+    assert not torch.allclose(new.stem.norm1.variance[0], new.stem.norm1.variance[1], rtol=1e-3)
+    assert "wrote" in capsys.readouterr().out

@@ -225,6 +225,7 @@ def transfer(arguments: list[str]) -> None:
         sizes: tuple[int, ...] | None = None,
         window: Windows | None = None,
         patch: Size | None = None,
+        recalibrate: str = "",
         out: str = "",
     ) -> None:
         """Lay a model out anew.
@@ -235,16 +236,19 @@ def transfer(arguments: list[str]) -> None:
             sizes: pixels, of a SuperViT, instead: all that it is to have.
             window: tokens, of a Swin; left out: as it is.
             patch: pixels, of a ViT; left out: as it is.
+            recalibrate: of a SuperViT with a conv stem: a set, on 2,000 of whose training pictures it measures its batch norms at each size.
             out: the new folder; empty: beside the old one.
         """
-        from manyscale.models import load, save
+        from manyscale.models import load, recalibrated, save
         from manyscale.models import transfer as move
-        from manyscale.ship.evaluate import recipe_of
+        from manyscale.ship.evaluate import pictures_for, recipe_of
 
-        if image_size is None and sizes is None:
+        if image_size is None and sizes is None and not recalibrate:
             raise ValueError("give --image-size, or of a SuperViT --sizes, such as --sizes 128 160 192 224")
         old, recipe = load(model), recipe_of(model)
         new = move(old, image_size, window, sizes=sizes, patch=patch)
+        if recalibrate:
+            new = recalibrated(new, pictures_for(new, recalibrate))
         size = "x".join(map(str, new.config.size)) if len(set(new.config.size)) > 1 else str(new.config.size[0])
         size = "_".join(map(str, sizes)) if sizes else size
         folder = Path(out or f"{str(model).rstrip('/')}_{size}")

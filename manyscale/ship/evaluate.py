@@ -1,14 +1,17 @@
 """Score a saved model on a split of a set."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from manyscale.config import Input, Run, Setting, from_dict
 from manyscale.data.loader import eval_batches, worker_count
-from manyscale.data.sources import Source, open_split
+from manyscale.data.sources import Part, Source, open_split
 from manyscale.data.transforms import eval_transform
 from manyscale.heads.pixels import is_masked, load_masked
 from manyscale.models import Net, load
@@ -69,7 +72,7 @@ class Scored(NamedTuple):
     """The pictures that a model is scored on."""
 
     source: Source
-    order: torch.Tensor | None  # (K,) int64, the model's class for each of the set's; None: they are in the same order
+    order: Tensor | None  # (K,) int64, the model's class for each of the set's; None: they are in the same order
     policy: Literal["skip", "stop"]  # what becomes of files that cannot be read
     name: str  # set and split
 
@@ -87,6 +90,19 @@ def open_scored(path: str, model: Net, data: str = "", split: str = "val") -> Sc
     settings = replace(settings, data=data or settings.data)
     source, classes, _ = open_split(settings, split, run.seed if run else 0)
     return Scored(source, _class_order(model, classes), settings.bad_files, f"{settings.data}, {split}")
+
+
+def pictures_for(model: Net, data: str, count: int = 2_000) -> Iterator[Tensor]:
+    """Batches (B, 3, H, W) of `count` training pictures of a set, drawn at random, prepared for a model; labels are not looked at.
+
+    Raises:
+        ValueError: no such set, or a model that does not know how its pictures are prepared.
+    """
+    if not model.preprocess:
+        raise ValueError("this model does not know how its pictures are prepared; give one that `train` or `convert` wrote")
+    source = open_split(Input(data=data), "train", 0, labelled=False).source
+    chosen = Part(source, np.random.default_rng(0).permutation(len(source))[:count])
+    return (batch.images for batch in eval_batches(chosen, eval_transform(model.preprocess), batch=100, workers=0) if len(batch.images))
 
 
 def _score_painting(
@@ -110,7 +126,7 @@ def recipe_of(path: str) -> Run | None:
     return None
 
 
-def _class_order(model: Net, classes: tuple[str, ...]) -> torch.Tensor | None:
+def _class_order(model: Net, classes: tuple[str, ...]) -> Tensor | None:
     """The model's class for each of the set's, by name; None where the model has no names, and they must only be as many."""
     if not model.labels:
         if len(classes) != model.config.classes:

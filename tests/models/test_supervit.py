@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import manyscale as ms
 from manyscale.config import Setting, SuperViTConfig, ViTConfig
-from manyscale.models import SuperViT, build, compile_settings
+from manyscale.models import SuperViT, build, compile_settings, recalibrated
 from manyscale.models.kin import to_supervit, to_vit
 from manyscale.ops.images import resized
 from manyscale.presets import model_config
@@ -166,6 +166,28 @@ def test_statistics_are_kept_for_each_size():
     model(IMAGES, Setting(size=24))
     for norm, mean in zip(model.sized_norms(), before, strict=True):
         assert torch.equal(norm.mean[[0, 2]], mean[[0, 2]]) and not torch.equal(norm.mean[1], mean[1])
+
+
+def test_recalibrated_on_pictures_by_hand():
+    """The first norm's statistics are those of the first convolution's outputs at each size, averaged over batches."""
+    model = made(LV)
+    batches = [IMAGES, IMAGES.flip(0) * 2 + 1]
+    new = recalibrated(model, batches)
+    assert new.config == replace(LV, stem_statistics="per-size") and not new.training
+    for i, size in enumerate(LV.sizes):
+        outs = [model.stem.conv1(resized(images, (size, size), "corners")).detach() for images in batches]
+        torch.testing.assert_close(new.stem.norm1.mean[i], sum(out.mean((0, 2, 3)) for out in outs) / 2)
+        torch.testing.assert_close(new.stem.norm1.variance[i], sum(out.transpose(0, 1).flatten(1).var(1) for out in outs) / 2)
+    with torch.no_grad():  # one batch that is the measured one: as the net in training sees it
+        once = recalibrated(model, [IMAGES])
+        seen = once.stem(resized(IMAGES, (24, 24), "corners"), 1)
+        model.stem.train()
+        torch.testing.assert_close(seen, model.stem(resized(IMAGES, (24, 24), "corners"), 0), rtol=0.05, atol=0.02)  # n - 1 for n
+    assert recalibrated(new, batches[:1]).stem.norm2.mean.shape == (3, 6)
+    with pytest.raises(ValueError, match="no conv stem"):
+        recalibrated(made(DEIT), batches)
+    with pytest.raises(ValueError, match="no picture"):
+        recalibrated(model, [])
 
 
 def test_both_heads_for_training():
