@@ -101,12 +101,15 @@ class Block(nn.Module):
         """
         gone = None
         if keep >= places.shape[1]:
-            x = x + self.drop_path(self.attention(self.norm1(x))) / self.skip
+            x = self._add(x, self.attention(self.norm1(x)))
         else:
             attended, scores = self.attention.with_scores(self.norm1(x))
-            x = x + self.drop_path(attended) / self.skip
+            x = self._add(x, attended)
             x, places, gone = self._choose(x, places, scores[:, self.prefix :], keep)
-        return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip, places, gone
+        return self._add(x, self.mlp(self.norm2(x))), places, gone
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        return torch.add(x, self.drop_path(branch), alpha=1 / self.skip)  # in one pass: a division of its own costs another
 
     def _choose(self, x: Tensor, places: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Gone]:
         first, patches = x[:, : self.prefix], x[:, self.prefix :]
