@@ -236,7 +236,7 @@ def transfer(arguments: list[str]) -> None:
             sizes: pixels, of a SuperViT, instead: all that it is to have.
             window: tokens, of a Swin; left out: as it is.
             patch: pixels, of a ViT; left out: as it is.
-            recalibrate: of a SuperViT with a conv stem: a set, on 2,000 of whose training pictures it measures its batch norms at each size.
+            recalibrate: a set; batch norms of a conv stem (SuperViT) are measured at each size on 2,000 of its training pictures.
             out: the new folder; empty: beside the old one.
         """
         from manyscale.models import load, recalibrated, save
