@@ -79,6 +79,22 @@ def net_rows(device: torch.device, sizes: tuple[int, ...]) -> list[Row]:
     return rows
 
 
+def supervit_rows(device: torch.device, settings: tuple[str, ...]) -> list[Row]:
+    """Logits at settings. In half precision near ties fall otherwise: the name has the share of the last kept patches that is the same."""
+    rows = []
+    exact = loud(ms.create_model("supervit_deit_tiny", depth=6, drop_blocks=(1, 2, 4), classes=50)).double().eval()
+    x = torch.randn(4, 3, 224, 224, dtype=torch.float64)
+    for setting in map(ms.Setting.read, settings):
+        reference, places = exact(x, setting).detach(), exact.tokens(x, setting).places
+        for dtype in LIMIT:
+            net, images = copy.deepcopy(exact).to(device, dtype), x.to(device, dtype)
+            here = net.tokens(images, setting).places.cpu()
+            same = torch.stack([torch.isin(a, b).double().mean() for a, b in zip(here, places, strict=True)]).mean().item()
+            unit = "px" if dtype == torch.float32 else f"pixels, {same:.0%} of the patches the same"
+            rows.append((f"SuperViT, {setting} {unit}", str(dtype), "pure", error(net(images, setting), reference), float("nan")))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
@@ -89,6 +105,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = attention_rows(device, (4, 7) if arguments.quick else (7, 8, 12, 16, 24, 32))
     rows += net_rows(device, (64,) if arguments.quick else (64, 225, 256))
+    rows += supervit_rows(device, ("128/0.5",) if arguments.quick else ("224/1", "224/0.7", "160/0.5", "128/0.5"))
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     lines = [f"# Correctness on {what}", ""]

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python -m pip install --quiet --no-deps -e . && python -m pip install --quiet tyro rich xxhash safetensors scikit-learn scipy matplotlib
 out=${OUT:-docs/results/gpu}/studies
-[ $# -gt 0 ] || set -- position-bias norms amplitudes simmim scaling weight-decay heads
+[ $# -gt 0 ] || set -- position-bias norms amplitudes simmim scaling weight-decay heads supervit
 for study in "$@"; do
   manyscale study "$study" --seeds 3 --compile --out "runs/studies/$study"
   mkdir -p "$out/$study"
