@@ -81,6 +81,8 @@ def cost(
         switch.check_model(folder / "costs.json", switch.read_costs(folder / "costs.json"), planner.mark)
     planner.check(budget, cascade=cascade, tables=tables)
     for size in () if measured else batches:
+        about = f", and asking them about the pictures of {planner.scored.name}" if planner.scored and not tables else ""
+        print(f"measuring {len(planner.settings)} settings, {rounds} rounds at batch {size}{about}", file=sys.stderr, flush=True)
         tables.append(planner.measure(size, rounds))
         switch.add_costs(folder / "costs.json", tables[-1])
     for table in tables:
@@ -140,5 +142,6 @@ def _words(found: Any, costs: Any, spent: tuple[float, list[float]] | None) -> l
         parts = [cell.p50 for setting in cascade.settings for cell in costs.cells if cell.setting == setting]
         expected = sum(share * part for share, part in zip(shares, parts, strict=True))
         went = f"{1e3 * seconds:.4g} ms on average where {shares[1]:.1%} go on"
-        lines.append(f"  run on real batches, resizing included: {went}; the settings' own times come to {1e3 * expected:.4g} ms")
+        alone = f", {found.alone.setting} alone takes {1e3 * found.alone.p50:.4g} ms" if found.alone else ""
+        lines.append(f"  run on real batches, resizing included: {went}; the settings' own times come to {1e3 * expected:.4g} ms{alone}")
     return lines

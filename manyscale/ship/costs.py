@@ -20,6 +20,7 @@ from manyscale.ship.measure import WARM_UP, Timing, device_name, fingerprint, me
 from manyscale.tasks.pictures import Report
 from manyscale.train.state import pick_device, pick_precision
 
+REPEATS = 5  # runs of each batch through a cascade
 CURVE = 16  # budgets along which a picture shows what cascades reach
 
 
@@ -237,6 +238,8 @@ class Planner:
     def time_cascade(self, cascade: Cascade, batch: int, rounds: int = 30) -> tuple[float, list[float]] | None:
         """Mean seconds of a batch of real pictures through a cascade, resizing included, and the share each setting was asked.
 
+        Batches differ in how many pictures go on, so of every batch the median of some runs is taken, and of these the mean.
+
         Returns:
             None where the pictures do not fill one batch.
         """
@@ -249,9 +252,9 @@ class Planner:
                 call = partial(run_cascade, self.model, cascade, pictures.images.to(self.device))
                 for _ in range(0 if seconds else WARM_UP):
                     call()
-                spent, said = time_call(call, self.device)
-                seconds.append(spent)
-                asked += said.asked(len(asked))
+                timed = [time_call(call, self.device) for _ in range(REPEATS)]
+                seconds.append(float(np.median([spent for spent, _ in timed])))
+                asked += timed[0][1].asked(len(asked))
         return (float(np.mean(seconds)), (asked / (batch * len(seconds))).tolist()) if seconds else None
 
     def _batches(self, settings: Sequence[Setting], batch: int) -> Iterator[Batch]:

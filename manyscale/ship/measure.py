@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 
     p50: float  # seconds of a batch
     p95: float
-    peak: int | None  # bytes at once besides weights and images; None: of a compiled net on the CPU
+    peak: int | None  # bytes at once besides weights and images; None: not known, as of a compiled net on the CPU
 
 
 @torch.no_grad()
@@ -106,7 +106,8 @@ def _peak(call: Callable[[Tensor], Tensor], images: Tensor, compiled: bool) -> i
         torch.accelerator.reset_peak_memory_stats(images.device)
         call(images)
         _wait(images.device)
-        return torch.accelerator.max_memory_allocated(images.device) - before
+        most = torch.accelerator.max_memory_allocated(images.device)
+        return most - before if most else None  # 0: the device keeps no account
     if compiled:
         return None
     with Allocations() as held:

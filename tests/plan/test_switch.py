@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyscale.config import Setting
@@ -42,6 +42,7 @@ FOUR = costs(cell("128/0.5", 10, 0.6, 0.7), cell("128", 20, 0.7, 1.4), cell("224
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=20)
 
 
+@settings(deadline=None)
 @given(POINTS)
 def test_nothing_on_the_front_is_dominated_and_all_else_is(points):
     best = front(points)
@@ -58,6 +59,7 @@ def test_nothing_on_the_front_is_dominated_and_all_else_is(points):
 SOME = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=9)
 
 
+@settings(deadline=None)
 @given(SOME, st.sampled_from(["latency", "gflops", "throughput"]), st.integers(1, 9), st.booleans())
 def test_the_best_within_a_budget(rows, kind, amount, known):
     given_cells = [cell(f"{16 + i}", ms, right / 10 if known else None, giga) for i, (ms, right, giga) in enumerate(rows)]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -84,6 +84,7 @@ def test_where_all_is_right_the_temperature_ends_somewhere():
 UNIT = st.floats(0.0009765625, 1, width=32)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(UNIT, st.booleans()), min_size=1, max_size=40))
 def test_calibration_error_against_a_slow_one(rows):
     total = 0.0
@@ -101,6 +102,7 @@ SURE = st.sampled_from([0.125, 0.25, 0.5, 0.75, 0.875, 1.0])
 ROWS = st.lists(st.tuples(SURE, st.booleans(), st.booleans()), min_size=1, max_size=14)
 
 
+@settings(deadline=None)
 @given(ROWS, st.sampled_from([0.0, 0.5, 0.8, 1.0]), st.floats(0.5, 5))
 def test_the_best_threshold_of_all(rows, accuracy, most):
     """Against every threshold tried in turn."""
@@ -122,6 +124,7 @@ def test_the_best_threshold_of_all(rows, accuracy, most):
     assert 1 + 2 * on.mean() == pytest.approx(found.cost) and np.where(on, second, first).mean() == pytest.approx(found.accuracy)
 
 
+@settings(deadline=None)
 @given(arrays(np.float32, (3, 12), elements=UNIT), arrays(bool, (3, 12)), st.floats(1, 14))
 def test_the_best_pair_of_all(sure, right, most):
     judged, costs = Judged(sure, right), (4.0, 1.0, 2.0)
@@ -178,6 +181,7 @@ def test_only_what_goes_on_is_computed(model, monkeypatch, thresholds, asked):
 REQUESTS = st.lists(st.tuples(st.sampled_from([None, *STAGES]), st.sampled_from([8, 16])), min_size=1, max_size=9)
 
 
+@settings(deadline=None, max_examples=30)
 @given(REQUESTS, st.integers(1, 4))
 def test_mixed_requests_are_answered_in_their_order(requests, batch):
     model = loud(build(TINY)).double().eval()
