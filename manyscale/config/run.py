@@ -33,6 +33,7 @@ class Input:
 
     data: str = "digits"  # `digits`, a folder of class folders, or the name of one under $MANYSCALE_DATA
     holdout: float = 0.1  # fraction kept for evaluation where the set brings no val or test split
+    held_out: int = 0  # evaluate on so many of the held-out pictures while training, evenly spread over them; 0: all
     share: float = 1.0  # of the training pictures of every class, chosen by seed and file names: learning from fewer labels
     statistics: Literal["imagenet", "half", "own"] = "imagenet"  # mean and std; half: 0.5; own: measured on the train split
     crop_ratio: float = 0.875  # of the evaluation's centre crop; 0: squash the whole picture
@@ -45,6 +46,7 @@ class Input:
 
     def __post_init__(self) -> None:
         require(0 < self.holdout < 1, "holdout", f"{self.holdout} must be between 0 and 1, such as 0.1")
+        require(self.held_out >= 0, "held_out", f"{self.held_out} must be 0 (all) or more")
         require(0 < self.share <= 1, "share", f"{self.share} must be in (0, 1]; 1: all")
         require(0 <= self.crop_ratio <= 1, "crop_ratio", f"{self.crop_ratio} must be 0 (squash) or in (0, 1]")
         require(self.max_pixels >= 1, "max_pixels", f"{self.max_pixels} must be at least 1")

@@ -186,6 +186,8 @@ def open_splits(settings: Input, seed: int, *, labelled: bool = True) -> Splits:
     """
     train, classes, ignored = open_split(settings, "train", seed, labelled=labelled)
     val, _, also = open_split(settings, "val", seed, labelled=labelled)
+    if 0 < settings.held_out < len(val):
+        val = Part(val, np.linspace(0, len(val) - 1, settings.held_out).round().astype(int))
     name = settings.data if settings.data == DIGITS else os.path.basename(find_folder(settings.data))
     return Splits(train, val, classes, name, tuple(dict.fromkeys((*ignored, *also))))
 

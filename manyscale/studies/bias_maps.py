@@ -13,6 +13,7 @@ from manyscale.studies.position_bias import BIASES, trained, tuned
 from manyscale.studies.study import Section, Terms, Values, cell, compare, conclude, describe, small
 
 SIZES = ((64, 8), (128, 16))  # image and window: where it is trained, where fine-tuned; the paper: 256 and 8, 512 and 16
+QUICK = ((64, 8), (96, 12))
 PAPER = """Figure 4 shows the maps of all three biases in the first block, trained at window 8 and fine-tuned at window 16, Figure 5 those
 in the last block, for Swin-T. The claim: both networks' maps are smoother than the table's, and the log-spaced network's keep their look
 when the window grows. The figures give no numbers."""
@@ -20,8 +21,8 @@ when the window grows. The figures give no numbers."""
 
 def study(terms: Terms) -> dict:
     """Train with each bias, fine-tune at twice the window, draw the maps of the first seed, and measure the roughness of all."""
-    base = small(terms, pictures=2_000, shown=8_000) if terms.quick else small(terms, pictures=10_000, shown=60_000)
-    (size, window), larger = SIZES
+    base = small(terms, pictures=1_000, shown=3_000) if terms.quick else small(terms, pictures=10_000, shown=60_000)
+    (size, window), larger = sizes = QUICK if terms.quick else SIZES
     base = replace(base, model=replace(base.model, image_size=size, window=window))  # windows of 8: 15 x 15 offsets to look at
 
     cases = [(bias, seed) for seed in range(terms.seeds) for bias in BIASES]
@@ -39,10 +40,10 @@ def study(terms: Terms) -> dict:
             roughness(bias_map(nets[bias, seed, w], *place)) if (bias, seed, w) in nets else None for seed in range(terms.seeds)
         ]
         for bias in BIASES
-        for _, w in SIZES
+        for _, w in sizes
         for name, place in places.items()
     }
-    columns = [(w, name) for _, w in SIZES for name in places]
+    columns = [(w, name) for _, w in sizes for name in places]
     rows = [(BIASES[bias], *(cell(rough[bias, w, name], scale=1, digits=2) for w, name in columns)) for bias in BIASES]
     findings = [
         compare(f"window {w}, {name} block: roughness of the table over {BIASES[other]}", rough["table", w, name], rough[other, w, name],
@@ -60,7 +61,7 @@ def study(terms: Terms) -> dict:
         "the table gets there bicubically, which smooths it. Roughness: the root mean square difference between neighbouring offsets over "
         "that between any two, averaged over heads; 1 is noise, 0 smooth. The picture shows the first seed; each map has its own scale.",
         values={f"{bias}, window {w}, {name} block": found for (bias, w, name), found in rough.items()},
-        picture=_draw(nets, places),
+        picture=_draw(nets, [w for _, w in sizes], places),
     )
 
 
@@ -84,9 +85,9 @@ def roughness(maps: Tensor) -> float:
     return ((down + right) / 2 / (2 * maps.var((1, 2), correction=0) + 1e-12)).sqrt().mean().item()
 
 
-def _draw(nets: dict[tuple[str, int, int], Swin], places: dict[str, tuple[int, int]]) -> Figure:
+def _draw(nets: dict[tuple[str, int, int], Swin], windows: list[int], places: dict[str, tuple[int, int]]) -> Figure:
     heads = next(iter(nets.values())).config.heads
-    shown = [(name, bias, w) for name in places for bias in BIASES for _, w in SIZES if (bias, 0, w) in nets]
+    shown = [(name, bias, w) for name in places for bias in BIASES for w in windows if (bias, 0, w) in nets]
     columns = max(heads[stage] for stage, _ in places.values())
     figure = Figure(figsize=(1.15 * columns + 1.2, 1.2 * len(shown) + 0.3), layout="constrained")
     grid = figure.subplots(len(shown), columns, squeeze=False)

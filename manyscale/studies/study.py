@@ -44,7 +44,8 @@ def small(terms: Terms, *, pictures: int, shown: int, batch: int = 64) -> Run:
 
     Evaluated once, at the end: no weights are chosen by the held-out pictures.
     """
-    data = Input(data=terms.data, statistics="half", crop_ratio=1.0, workers=0, cache=True, resident=True)
+    held_out = 2_000 if terms.quick else 0
+    data = Input(data=terms.data, held_out=held_out, statistics="half", crop_ratio=1.0, workers=0, cache=True, resident=True)
     count = len(open_splits(replace(data, cache=False), 0).train)
     share = min(1.0, pictures / count)
     epochs = max(1, round(shown / (share * count)))
@@ -65,13 +66,14 @@ def small(terms: Terms, *, pictures: int, shown: int, batch: int = 64) -> Run:
 def describe(run: Run) -> str:
     """The run's net, data, length and optimiser in a few sentences."""
     model, data, optim, schedule = run.model, run.input, run.optim, run.schedule
+    held_out = f"{data.held_out:,} " if data.held_out else ""
     return (
         f"Swin of width {model.width}, depths {', '.join(map(str, model.depths))}, patch {model.patch}, at {model.size[0]} px, window "
         f"{model.window}; but for what is compared it is V2: {model.norm} norm, {model.similarity} similarity, {model.bias} bias. "
         f"{data.data} with {data.share:.0%} of its training pictures, {schedule.epochs} epochs, batch {run.batch}, {run.precision}. "
         f"AdamW, rate {optim.lr:g} after a warm-up of {schedule.warmup:.2g} epochs, along a cosine to {optim.min_lr:g}, decay "
         f"{optim.weight_decay:g}, gradient norm clipped at {optim.clip:g}; crops of at least {run.augment.scale[0]:.0%} of the area"
-        f"{', flips' if run.augment.flip else ''}. Evaluated once, at the end, on held-out pictures."
+        f"{', flips' if run.augment.flip else ''}. Evaluated once, at the end, on {held_out}held-out pictures."
     )
 
 

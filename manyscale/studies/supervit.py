@@ -5,12 +5,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from manyscale.config import Augment, Input, Run, Schedule, Setting, Supernet
 from manyscale.data.loader import eval_batches
-from manyscale.data.sources import DIGITS, Part, open_splits
+from manyscale.data.sources import DIGITS, open_splits
 from manyscale.data.transforms import eval_transform
 from manyscale.models import load
 from manyscale.plan.count import count
@@ -79,7 +78,9 @@ def study(terms: Terms) -> dict[str, Any]:
 def supernet(terms: Terms, seed: int) -> Run:
     """The net of all settings."""
     run = supervit_cifar10()
-    data = Input(data=terms.data, statistics="half", crop_ratio=1.0, workers=0, cache=True, resident=True)
+    data = Input(
+        data=terms.data, held_out=1_000 if terms.quick else 0, statistics="half", crop_ratio=1.0, workers=0, cache=True, resident=True
+    )
     pictures = len(open_splits(replace(data, cache=False), 0).train)
     most, shown = QUICK if terms.quick else FULL
     share = min(1.0, most / pictures)
@@ -116,8 +117,6 @@ def at_every_setting(terms: Terms, outcome: Outcome, settings: tuple[Setting, ..
         terms.console.print(f"  {outcome.run.recipe} at every setting")
         model, device = load(outcome.run.folder), pick_device(outcome.run.device)
         source = open_splits(outcome.run.input, outcome.run.seed).val
-        if terms.quick:
-            source = Part(source, np.unique(np.linspace(0, len(source) - 1, 1000).astype(int)))
         preprocess = replace(model.preprocess, image_size=(max(s.size for s in settings),) * 2)
         batches = eval_batches(source, eval_transform(preprocess), batch=256, workers=0)
         scores = score_settings(model.to(device), batches, settings, device, pick_precision("float32", device), lambda path, reason: None)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -290,3 +291,16 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
     splits = open_splits(Input(data=str(tmp_path), holdout=0.5), 0)
     assert [os.path.basename(path) for path in splits.ignored] == ["photo.heic", "notes.txt"]
     assert len(splits.train) == len(splits.val) == 4
+
+
+def test_evaluating_on_some_of_the_held_out_pictures():
+    whole = open_splits(Input(data="digits"), 0)
+    some = open_splits(Input(data="digits", held_out=10), 0)
+    names = [whole.val.name(index) for index in range(len(whole.val))]
+    places = [names.index(some.val.name(index)) for index in range(len(some.val))]
+    assert len(places) == 10 and places[0] == 0 and places[-1] == len(names) - 1
+    assert max(b - a for a, b in pairwise(places)) - min(b - a for a, b in pairwise(places)) <= 1
+    assert len(some.train) == len(whole.train) and len(open_splits(Input(data="digits", held_out=10**6), 0).val) == len(names)
+    assert len(open_split(Input(data="digits", held_out=10), "val", 0).source) == len(names), "what scores a saved model sees all"
+    with pytest.raises(ValueError, match="field `held_out`"):
+        Input(held_out=-1)
