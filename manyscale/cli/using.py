@@ -124,13 +124,14 @@ def predict(arguments: list[str]) -> None:
             setting: how the net is run: 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; empty: its own size, whole.
             cascade: a cheap setting first, a better one where it is unsure: alone, the run's cascade.json; or another such file.
             top: how many classes of each.
-            out: where `predictions.jsonl` and `sheet.png` go; empty: `predictions` in the model's folder.
+            out: where `predictions.jsonl` and `sheet.png` go, and of a setting that drops tokens `kept.png`, which shows what stays; empty:
+                `predictions` in the model's folder.
             device: where to compute.
             json_lines: print JSON lines instead of a table.
         """
         from manyscale.heads.pixels import is_masked
-        from manyscale.models import load
-        from manyscale.ship.predict import find_pictures
+        from manyscale.models import SuperViT, load
+        from manyscale.ship.predict import draw_what_stays, find_pictures
         from manyscale.ship.predict import predict as ask
         from manyscale.tasks.classify import draw_sheet
         from manyscale.train.state import pick_device
@@ -162,7 +163,11 @@ def predict(arguments: list[str]) -> None:
         pictures = [_thumbnail(answer.path) for answer in shown]
         captions = [("\n".join(f"{label} {p:.0%}" for label, p in answer.top[:3]), None) for answer in shown]
         write(folder / "sheet.png", lambda path: draw_sheet(pictures, captions, path, columns=6))
-        print(f"wrote {folder}/predictions.jsonl and sheet.png", file=sys.stderr)
+        written = ["predictions.jsonl", "sheet.png"]
+        if isinstance(net, SuperViT) and isinstance(how, Setting) and not how.is_full:
+            write(folder / "kept.png", lambda path: draw_what_stays(net, [answer.path for answer in good[:8]], how, path))
+            written.append("kept.png")
+        print(f"wrote {', '.join(written)} in {folder}", file=sys.stderr)
 
     parse(run, "predict", arguments)
 

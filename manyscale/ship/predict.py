@@ -9,10 +9,11 @@ import torch
 from manyscale.config import Setting
 from manyscale.data.images import EXTENSIONS, BadImage, read_image
 from manyscale.data.transforms import eval_transform
-from manyscale.models import Net
+from manyscale.models import Net, SuperViT
 from manyscale.models.settings import run_at
 from manyscale.ship.answers import prepared
 from manyscale.ship.cascade import Cascade, run_cascade
+from manyscale.tasks.supernet import draw_kept
 
 BATCH = 32
 
@@ -89,3 +90,11 @@ def predict(
             answers = {path: tuple((labels[i], p) for p, i in zip(*row, strict=True)) for path, row in zip(read, rows, strict=True)}
         for path in paths[start : start + BATCH]:
             yield Prediction(path, answers.get(path, ()), bad.get(path, ""), by.get(path, ""))
+
+
+def draw_what_stays(model: SuperViT, paths: list[str], setting: Setting, path: Path | str, *, max_pixels: int = 64_000_000) -> None:
+    """Pictures (files that can be read), and which of their patches the net keeps at a setting; see `tasks.supernet.draw_kept`."""
+    preprocess = prepared(model, [setting])
+    transform, device = eval_transform(preprocess), next(model.parameters()).device
+    images = torch.stack([transform(read_image(one, max_pixels)) for one in paths]).to(device)
+    draw_kept(model, images, [setting], preprocess, path)

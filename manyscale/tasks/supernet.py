@@ -22,7 +22,7 @@ from manyscale.data.images import BadImage
 from manyscale.data.loader import Batch, seed_from
 from manyscale.data.transforms import eval_transform
 from manyscale.models import Net, compile_settings, load
-from manyscale.models.supervit import Answers, SuperViT
+from manyscale.models.supervit import Answers, Seen, SuperViT
 from manyscale.ops.images import resized
 from manyscale.tasks.classify import LOSSES, Classify, softmax_loss, tally
 from manyscale.tasks.pictures import Report
@@ -164,21 +164,27 @@ class LearnMany(Classify):
         model.train(was_training)
 
 
+def shaded(images: Tensor, seen: Seen, patch: int) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] at a setting's size, with what left under grey: all but covered first, less at each later block."""
+    clear = images.new_ones(len(images), math.prod(seen.grid) + 1)  # the last for what has no place
+    for number, gone in enumerate(seen.left):
+        clear.scatter_(1, gone.places % clear.shape[1], 0.08 + 0.6 * number / len(seen.left))
+    clear = clear[:, :-1].unflatten(1, seen.grid)[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return images * clear + 0.75 * (1 - clear)
+
+
 @torch.no_grad()
 def draw_kept(model: SuperViT, images: Tensor, settings: Sequence[Setting], preprocess: Preprocess, path: Path | str) -> None:
-    """A row of prepared pictures (B, 3, H, W), and one for each setting: what left first is palest, what stayed to the end is clear."""
+    """A row of prepared pictures (B, 3, H, W), and one for each setting, as `shaded` has it."""
     from matplotlib.figure import Figure
 
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (preprocess.mean, preprocess.std))
     rows = [("picture", (images * std + mean).clamp(0, 1))]
     for setting in settings:
         seen = model.tokens(images, setting)
-        clear = images.new_ones(len(images), math.prod(seen.grid))
-        for number, gone in enumerate(seen.left, 1):
-            clear.scatter_(1, gone.places.clamp(min=0), 0.6 * (number - 1) / len(seen.left) + 0.08)
-        clear = clear.unflatten(1, seen.grid)[:, None].repeat_interleave(model.config.patch, 2).repeat_interleave(model.config.patch, 3)
-        shown = (resized(images, clear.shape[2:], model.config.resize) * std + mean).clamp(0, 1)
-        rows.append((str(setting), shown * clear + 0.75 * (1 - clear)))
+        patch = model.config.patch
+        shown = resized(images, (seen.grid[0] * patch, seen.grid[1] * patch), model.config.resize)
+        rows.append((str(setting), shaded((shown * std + mean).clamp(0, 1), seen, patch)))
     figure = Figure(figsize=(1.5 * len(images) + 0.5, 1.55 * len(rows)), layout="constrained")
     for places, (name, pictures) in zip(figure.subplots(len(rows), len(images), squeeze=False), rows, strict=True):
         for axes, picture in zip(places, pictures.cpu(), strict=True):

@@ -165,9 +165,12 @@ def test_predict_and_eval_at_a_setting_and_through_a_cascade(run, capsys):
         files.append(run / f"{index:02d}.png")
         source.read(index).save(files[-1])
     words = said(capsys, "predict", run, *files, "--setting", "8/0.5", "--json-lines", "--device", "cpu")
+    assert (run / "predictions" / "kept.png").stat().st_size > 5000
     rows = [json.loads(line) for line in words.out.splitlines()]
     assert rows[0].keys() == {"path", "top"} and len(rows) == 12
+    (run / "predictions" / "kept.png").unlink()
     whole = [json.loads(line) for line in said(capsys, "predict", run, *files, "--json-lines", "--device", "cpu").out.splitlines()]
+    assert not (run / "predictions" / "kept.png").exists(), "nothing left"
     assert whole != rows
     assert "no such file; `manyscale plan cost RUN --cascade` writes one" in refused(capsys, "predict", run, *files, "--cascade")
 

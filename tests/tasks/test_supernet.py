@@ -33,6 +33,7 @@ from manyscale.tasks.supernet import (
     own_share,
     scaled,
     score_settings,
+    shaded,
 )
 from manyscale.train.loop import train
 from manyscale.train.optim import decays
@@ -342,6 +343,21 @@ def test_scores_of_all_settings_are_those_of_each(run):
     assert found["val_loss"] == pytest.approx(alone["val_loss"]) and found["accuracy"] == alone["accuracy"]
     corners = task_of(replace(run, supernet=Supernet(watch="corners"))).evaluate(model, torch.device("cpu"), torch.float32, print)
     assert [name for name in corners if name.startswith("accuracy ")] == ["accuracy 8/0.5", "accuracy 16/1"]
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_what_stays_is_shown_as_it_is_and_the_rest_under_grey(fuse):
+    model = loud(build(replace(NET, fuse=fuse))).eval()
+    images = torch.rand(2, 3, 16, 16)
+    seen = model.tokens(images, Setting(size=16, keep=0.5))
+    shown = shaded(images, seen, 4)
+    for j in range(2):
+        alpha = dict.fromkeys(range(16), 1.0)
+        alpha |= {place: 0.08 + 0.3 * number for number, gone in enumerate(seen.left) for place in gone.places[j].tolist() if place >= 0}
+        assert sorted(place for place, a in alpha.items() if a == 1) == sorted(place for place in seen.places[j].tolist() if place >= 0)
+        for place, a in alpha.items():
+            rows, columns = slice(place // 4 * 4, place // 4 * 4 + 4), slice(place % 4 * 4, place % 4 * 4 + 4)
+            torch.testing.assert_close(shown[j, :, rows, columns], a * images[j, :, rows, columns] + (1 - a) * 0.75)
 
 
 def test_starts_from_a_vit(run, tmp_path):
