@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import manyscale
-from manyscale.config import NetConfig, Optim, SwinConfig, ViTConfig
+from manyscale.config import NetConfig, Optim, Setting, SuperViTConfig, SwinConfig, ViTConfig
 from manyscale.models import build
+from manyscale.models.settings import run_at
 from manyscale.recipes import RECIPES
 from manyscale.tasks import TASKS
 from manyscale.train.optim import make_optimiser
@@ -25,6 +26,9 @@ FAMILIES: dict[str, NetConfig] = {
     "Swin V2 for SimMIM": replace(MICRO, mask_token=True),
     "Swin V2 on clips": replace(MICRO, image_size=(4, 32, 32), patch=(2, 4, 4), window=(2, 4, 4)),
     "ViT": ViTConfig(image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=128, pool="map", classes=10),
+    "SuperViT, half the tokens": SuperViTConfig(
+        sizes=(32,), patch=8, width=32, depth=2, heads=2, mlp_width=128, drop_blocks=(0,), classes=10
+    ),
 }
 
 
@@ -65,10 +69,11 @@ def _one_step(config: NetConfig, device: torch.device) -> tuple[str, bool]:
     optimiser = make_optimiser(model, Optim(lr=1e-3))
     x = torch.randn(8, 3, *config.size, device=device)
     y = torch.arange(8, device=device)
+    setting = Setting(keep=0.5) if isinstance(config, SuperViTConfig) else None
     losses = []
     start = time.perf_counter()
     for _ in range(2):
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(run_at(model, x, setting), y)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
