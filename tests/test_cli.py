@@ -250,3 +250,26 @@ def test_batch_norms_are_recalibrated_on_a_set(tmp_path, capsys):
     assert new.config.stem_statistics == "per-size" and new.stem.norm1.mean.shape == (2, 4)
     assert not torch.allclose(new.stem.norm1.variance[0], new.stem.norm1.variance[1], rtol=1e-3)
     assert "wrote" in capsys.readouterr().out
+
+
+def test_any_number_of_sizes_is_typed(tmp_path):
+    main(
+        [
+            "train",
+            "supervit_folder",
+            "--tiny",
+            "--sizes",
+            "16",
+            "32",
+            "--keeps",
+            "0.5",
+            "1",
+            "--epochs",
+            "1",
+            "--batch",
+            "359",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    assert ms.load(tmp_path).config.sizes == (16, 32) and ms.load(tmp_path).config.keeps == (0.5, 1.0)

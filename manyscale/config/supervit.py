@@ -91,7 +91,7 @@ class SuperViTConfig:
     ones that drop: only so do keep rates 0.7 and 0.5 cost the 1.5 and 2 times less that it reports.
     """
 
-    sizes: tuple[Size, ...] = (128, 160, 192, 224)  # pixels; each has its positions
+    sizes: tuple[int | tuple[int, int], ...] = (128, 160, 192, 224)  # pixels; each has its positions
     keeps: tuple[float, ...] = (0.5, 0.7, 1.0)  # what it is trained for; a setting may ask for any other
     patch: int = 16
     channels: int = 3
@@ -166,9 +166,9 @@ class SuperViTConfig:
         return self.width, self.patch
 
     @property
-    def layout(self) -> dict[str, tuple[Size, ...]]:
+    def layout(self) -> dict[str, tuple]:
         """What a transfer changes: where the net looks, not what it knows."""
-        return {"sizes": self.sizes}
+        return {"sizes": self.sizes, "keeps": self.keeps}
 
     @property
     def clipped(self) -> list[str]:

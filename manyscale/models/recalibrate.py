@@ -23,7 +23,7 @@ def recalibrated(model: SuperViT, batches: Iterable[Tensor]) -> SuperViT:
         ValueError: a net without batch norms, or no batch.
     """
     config = model.config
-    if model.stem is None:
+    if getattr(model, "stem", None) is None:
         raise ValueError("there is nothing to recalibrate: this net has no conv stem, and its layer norms keep no statistics")
     new = SuperViT(replace(config, stem_statistics="per-size")).to(model.patch.weight)
     norms = list(new.sized_norms())

@@ -20,6 +20,7 @@ def transfer(
     window: Windows | None = None,
     *,
     sizes: tuple[Size, ...] | None = None,
+    keeps: tuple[float, ...] | None = None,
     patch: Size | None = None,
     classes: int | None = None,
     drop_path: float | None = None,
@@ -40,7 +41,7 @@ def transfer(
     Args:
         image_size: pixels; one number or one per axis; None keeps it.
         window: of a Swin, as in the configuration; None keeps it.
-        sizes: of a SuperViT, instead of `image_size`; None keeps them.
+        sizes, keeps: of a SuperViT, instead of `image_size`; None keeps them.
         patch: of a ViT; None keeps it.
         classes: a new, freshly initialised head for so many classes; None keeps the head.
         drop_path: for training on; None keeps it.
@@ -56,6 +57,7 @@ def transfer(
         "image_size": image_size,
         "window": window,
         "sizes": sizes,
+        "keeps": keeps,
         "patch": patch,
         "classes": classes,
         "drop_path": drop_path,
@@ -82,8 +84,8 @@ def transfer(
 
 
 def _allowed(old: NetConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    if "sizes" in changes and not isinstance(old, SuperViTConfig):
-        raise ValueError("field `sizes`: only a SuperViT has several; give an image size")
+    if changes.keys() & {"sizes", "keeps"} and not isinstance(old, SuperViTConfig):
+        raise ValueError("field `sizes`: only a SuperViT has several, and keep rates; give an image size")
     if isinstance(old, SuperViTConfig):
         refused = next(
             (name for name in ("image_size", "window", "patch") if changes.get(name, getattr(old, name, None)) != getattr(old, name, None)),
@@ -93,7 +95,7 @@ def _allowed(old: NetConfig, changes: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"field `{refused}`: a SuperViT has sizes and keeps its patches; give `sizes`, such as 128 160 192 224")
         if changes.get("mask_token"):
             raise ValueError("field `mask_token`: a SuperViT has none; pre-train a ViT and start from it")
-        return {name: value for name, value in changes.items() if name in ("sizes", "classes", "drop_path")}
+        return {name: value for name, value in changes.items() if name in ("sizes", "keeps", "classes", "drop_path")}
     if isinstance(old, SwinConfig):
         if changes.get("patch", old.patch) != old.patch:
             raise ValueError(f"field `patch`: a Swin keeps its patches of {old.patch}; give a window")

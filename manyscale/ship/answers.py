@@ -102,6 +102,7 @@ def answer_mixed(model: Net, requests: Sequence[tuple[Tensor, Setting | None]], 
     """
     if not requests or batch < 1:
         raise ValueError("no requests" if not requests else f"field `batch`: {batch} must be at least 1")
+    model.eval()
     groups: dict[tuple[Setting | None, torch.Size], list[int]] = {}
     for place, (image, setting) in enumerate(requests):
         groups.setdefault((setting, image.shape), []).append(place)

@@ -247,7 +247,9 @@ class Planner:
         self.model.eval()
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             for pictures in self._batches(cascade.settings, batch):
-                if len(pictures.labels) < batch or len(seconds) == rounds:
+                if len(seconds) == rounds:
+                    break
+                if len(pictures.labels) < batch:
                     continue
                 call = partial(run_cascade, self.model, cascade, pictures.images.to(self.device))
                 for _ in range(0 if seconds else WARM_UP):

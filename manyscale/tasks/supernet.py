@@ -43,7 +43,13 @@ class LearnMany(Classify):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.settings = settings_of(self.run)
-        net, learns = run.model, run.supernet
+        self._check()
+        self.compiled: dict[Setting, Callable[..., Any]] = {}
+        self.other = self._teacher(run.supernet.teacher_run) if run.supernet.teacher_run else None
+
+    def _check(self) -> None:
+        """See that the run's net can learn what is asked."""
+        run, net, learns = self.run, self.run.model, self.run.supernet
         if learns.teacher == "average" and not run.optim.ema:
             raise ValueError("field `teacher`: there is no average of the weights to learn from; give --ema, such as 0.9999")
         if learns.mix_token and (run.augment.mixup or run.augment.cutmix or not isinstance(net, SuperViTConfig)):
@@ -52,8 +58,14 @@ class LearnMany(Classify):
             )
         if learns.token_labels == "teacher" and getattr(net, "token_head", None) is None:
             raise ValueError("field `token_labels`: this net has no head on its patches that could learn them; give --token-head 0.25")
-        self.compiled: dict[Setting, Callable[..., Any]] = {}
-        self.other = self._teacher(learns.teacher_run) if learns.teacher_run else None
+
+    def model(self) -> Net:
+        """What is trained; where it comes from `init`, its shape is the one there, and the run's from here on."""
+        net = super().model()
+        self.run = replace(self.run, model=net.config)
+        self.settings = settings_of(self.run)
+        self._check()
+        return net
 
     def _teacher(self, path: str) -> Net:
         net = load(path).requires_grad_(False)
@@ -202,6 +214,8 @@ def settings_of(run: Run) -> tuple[Setting, ...]:
         ValueError: a net without settings, or settings that it cannot be run at.
     """
     if isinstance(run.model, SuperViTConfig):
+        if run.supernet.settings:
+            raise ValueError("field `settings`: a SuperViT has sizes and keep rates; give --sizes and --keeps")
         return run.model.settings
     if not isinstance(run.model, SwinConfig):
         raise ValueError("field `task`: supernet trains a SuperViT, or a Swin; a ViT becomes a SuperViT by --init of a supervit_ recipe")

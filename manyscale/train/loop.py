@@ -245,11 +245,13 @@ class _Training:
         for batch in self.task.train_batches(0, CALIBRATION_STEPS, self.device):
             if len(batch.labels):
                 self._step(batch, self.run.optim.warmup_lr)
+            self.clock.step += 1  # steps of a supernet differ in what they pass
             times.append(time.monotonic() - start)
             start = time.monotonic()
         with self._eager():
             self.task.evaluate(self.state.final, self.device, self.precision, lambda path, reason: None)
         evaluation = time.monotonic() - start
+        self.clock.step = 0
         self.state.model.load_state_dict(kept)
         self.state = State(self.state.model, self.run.optim)
         self.state.clock = self.clock

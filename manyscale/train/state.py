@@ -34,7 +34,7 @@ class State:
 
     def __init__(self, model: nn.Module, optim: Optim) -> None:
         self.model = model
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True) if optim.ema else None
         self.optimiser = make_optimiser(model, optim)
         self.clock = Clock()
 

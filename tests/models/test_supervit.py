@@ -184,8 +184,9 @@ def test_recalibrated_on_pictures_by_hand():
         model.stem.train()
         torch.testing.assert_close(seen, model.stem(resized(IMAGES, (24, 24), "corners"), 0), rtol=0.05, atol=0.02)  # n - 1 for n
     assert recalibrated(new, batches[:1]).stem.norm2.mean.shape == (3, 6)
-    with pytest.raises(ValueError, match="no conv stem"):
-        recalibrated(made(DEIT), batches)
+    for other in (made(DEIT), build(vit())):
+        with pytest.raises(ValueError, match="no conv stem"):
+            recalibrated(other, batches)
     with pytest.raises(ValueError, match="no picture"):
         recalibrated(model, [])
 

@@ -37,6 +37,7 @@ from manyscale.tasks.supernet import (
 )
 from manyscale.train.loop import train
 from manyscale.train.optim import decays
+from manyscale.train.state import State
 from tests.conftest import loud
 from tests.train.test_loop import fingerprint, train_in_pieces
 
@@ -371,6 +372,27 @@ def test_starts_from_a_vit(run, tmp_path):
     assert torch.equal(task_of(again).model().positions[0], model.positions[2])
 
 
+def test_goes_on_with_the_net_it_started_from(run, tmp_path):
+    """Its heads, patches and blocks are those of `init`, whatever the recipe says; sizes and keep rates are the recipe's."""
+    begun = loud(build(replace(LV, keeps=(0.7, 1.0), drop_blocks=(0, 2))))
+    begun.preprocess = task_of(run).preprocess
+    ms.save(begun, tmp_path / "begun")
+    tuned = replace(run, init=str(tmp_path / "begun"), model=replace(NET, sizes=(8, 16)), schedule=replace(run.schedule, length="2-steps"))
+    found = train(tuned)["last"]
+    assert [name for name in found if name.startswith("accuracy ")] == [f"accuracy {s}/{k}" for s in (8, 16) for k in ("0.5", "0.7", "1")]
+    config = ms.load(run.out).config
+    assert (config.sizes, config.keeps, config.drop_blocks, config.token_head) == ((8, 16), NET.keeps, (0, 2), 0.25)
+
+
+def test_the_average_has_averaged_statistics(run):
+    state = State(loud(build(LV)), Optim(ema=0.9))
+    start = state.model.stem.norm1.mean.clone()
+    state.ema.update_parameters(state.model)
+    state.model.stem.norm1.mean += 1.0
+    state.ema.update_parameters(state.model)
+    torch.testing.assert_close(state.final.stem.norm1.mean, start + 0.1)
+
+
 def test_positions_and_registers_are_not_decayed(run):
     found = decays(build(replace(LV, registers=2)), Optim(weight_decay=0.1, head_decay=0.3))
     assert {name for name, decay in found.items() if not decay} >= {"positions.0", "positions.2", "registers", "token"}
@@ -388,6 +410,7 @@ def test_positions_and_registers_are_not_decayed(run):
         ({"supernet": Supernet(teacher="average"), "optim": Optim()}, "field `teacher`.*give --ema"),
         ({"supernet": Supernet(mix_token=1.0)}, "field `mix_token`.*turn off"),
         ({"task": "simmim"}, "a SuperViT has no mask token"),
+        ({"supernet": Supernet(settings=("8/0.3",))}, "field `settings`: a SuperViT has sizes and keep rates"),
     ],
 )
 def test_what_a_run_refuses(run, fields, message):
