@@ -251,7 +251,7 @@ class Run:
     device: str = "auto"
     compile: bool = False  # torch.compile the training step's net: a minute or two at the start, faster steps after it
     seed: int = 0
-    init: str = ""  # a folder or .safetensors of this package to start from: its net, laid out for this run's sizes and windows, with its drop_path
+    init: str = ""  # a folder or .safetensors of this package to start from: its net, at this run's sizes, windows and drop_path
     out: str = ""  # the run's folder; empty: runs/<recipe>
     log_every: int = 20  # steps
     tensorboard: bool = False

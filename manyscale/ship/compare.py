@@ -54,7 +54,7 @@ def draw(runs: Sequence[Learnt], path: Path) -> None:
     panels = [("loss", task) for task in dict.fromkeys(run.recipe.task for run in runs)]
     panels += [(metric, "") for metric in dict.fromkeys(run.metric for run in runs)]
     figure = Figure(figsize=(4.2 * len(panels), 3.6 + 0.18 * len(runs)), layout="constrained")
-    names = {"accuracy": "held-out accuracy, %", "l1": "held-out masked L1"}
+    names = {"accuracy": "held-out accuracy, %", "mean_accuracy": "held-out accuracy, mean of settings, %", "l1": "held-out masked L1"}
     for axes, (what, task) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -63,7 +63,7 @@ def draw(runs: Sequence[Learnt], path: Path) -> None:
             records = run.steps if what == "loss" else run.evaluations
             if (what == "loss" and run.recipe.task != task) or (what != "loss" and run.metric != what):
                 continue
-            scale = 100 if what == "accuracy" else 1
+            scale = 100 if what.endswith("accuracy") else 1
             style = {"color": COLOURS[number % len(COLOURS)], "marker": "" if what == "loss" else ".", "lw": 1.3}
             axes.plot([r["epoch"] for r in records], [scale * r[what] for r in records], **style)
     handles = [figure.axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], lw=1.6)[0] for i in range(len(runs))]

@@ -346,7 +346,7 @@ def score_settings(
     each = {f"accuracy {setting}": top1 for setting, (top1, _, _) in zip(settings, means, strict=True)}
     top1, top5, mean_loss = means[-1]
     mean = math.fsum(each.values()) / len(each)
-    return {"accuracy": top1, "top5": top5, "val_loss": mean_loss, "mean_accuracy": mean, **each, "pictures": count}
+    return {"mean_accuracy": mean, "accuracy": top1, "top5": top5, "val_loss": mean_loss, **each, "pictures": count}
 
 
 def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
