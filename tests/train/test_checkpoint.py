@@ -32,7 +32,7 @@ def test_any_flip_truncation_or_zeroed_block_is_found_named_and_stepped_over(tmp
     chance = random.Random(seed)
     file = newest / chance.choice(["state.safetensors", "state.json", "manifest.json"])
     content = bytearray(file.read_bytes())
-    place = chance.randrange(len(content))
+    place = chance.choice([i for i, byte in enumerate(content) if byte])  # where zeros are a change
     match seed % 3:
         case 0:
             content[place] ^= 1 << chance.randrange(8)
@@ -40,8 +40,6 @@ def test_any_flip_truncation_or_zeroed_block_is_found_named_and_stepped_over(tmp
             content = content[:place]
         case 2:
             content[place : place + 16] = b"\0" * len(content[place : place + 16])
-    if bytes(content) == file.read_bytes():
-        pytest.skip("the block was zero already")
     file.write_bytes(content)
     notes = []
     found = load_checkpoint(tmp_path, notes.append)
