@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -80,6 +81,8 @@ def test_every_verb_has_help(capsys):
         (["plan", "count", "swinv2_tinny"], "unknown model `swinv2_tinny`; did you mean `swinv2_tiny`?"),
         (["plan", "weather"], "unknown plan `weather`; known: cost, count"),
         (["plan", "count", "swinv2_tiny", "--window", "0"], "field `window`: 0 must be at least 1"),
+        (["plan", "count", "supervit_deit_small", "--image-size", "160"], "give one with --setting 160"),
+        (["plan", "count", "supervit_deit_small", "--setting", "100"], "100 must be a multiple of the patch 16"),
         (["convert", "/no/file.pth", "--source", "timm", "--name", "swinv2_tiny", "--out", "x"], "/no/file.pth"),
         (["eval", "/no/such/run"], "/no/such/run: no such file or folder"),
     ],
@@ -230,6 +233,10 @@ def test_convert_brings_a_foreign_checkpoint_in(tmp_path, capsys):
 def test_plan_and_models_print_the_papers_numbers(capsys):
     main(["plan", "count", "swinv2_tiny"])
     assert "28,347,154" in capsys.readouterr().out
+    main(["plan", "count", "supervit_deit_small"])
+    assert re.search(r"224/0\.7 +138, 98, 70 +3\.013 +66%", capsys.readouterr().out)
+    main(["plan", "count", "supervit_deit_small", "--setting", "224/0.7"])
+    assert re.search(r"total +22,170,088 +3\.013", capsys.readouterr().out)
     main(["models", "swinv2*"])
     assert "3,001,940,680" in capsys.readouterr().out
 

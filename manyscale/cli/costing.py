@@ -34,7 +34,7 @@ def cost(
     Args:
         model: a run's folder or a folder with a model.
         settings: such as 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; of a SuperViT by default its whole grid.
-        batch: images at a time; a table for each.
+        batch: images at a time; a table for each. The picture, and a cascade, are of the first.
         latency: the most a batch may take (its median), such as 20ms.
         gflops: the most multiply-adds of an image, in 10^9.
         throughput: the least images a second.
@@ -105,7 +105,8 @@ def cost(
         print("\n".join(_words(found, first, planner.time_cascade(found.cascade, first.batch, rounds))))
     draw_costs(first, folder / "costs.png", curve(first, planner.heard) if found else (), found and (found.seconds, found.accuracy))
     written = ["costs.json"] * (not measured) + ["costs.png"] + ["cascade.json"] * bool(found)
-    print(f"wrote {', '.join(written)} in {folder}", file=sys.stderr)
+    which = f"; picture and cascade are of batch {first.batch}" if len(tables) > 1 else ""
+    print(f"wrote {', '.join(written)} in {folder}{which}", file=sys.stderr)
     if unmet:
         raise ValueError("\n".join(unmet))
 

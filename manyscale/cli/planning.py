@@ -8,27 +8,43 @@ from tyro.conf import Positional
 
 from manyscale.cli.costing import cost
 from manyscale.cli.parsing import parse, plain_table, show
-from manyscale.config import Size, SwinConfig, ViTConfig, Windows, nearest
+from manyscale.config import Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, nearest
 from manyscale.presets import list_models, model_config
 from manyscale.storage import write_json
 
 
-def _count(model: Positional[str], image_size: Size | None = None, window: Windows | None = None, classes: int | None = None) -> None:
-    """Parameters and multiply-adds by stage.
+def _count(
+    model: Positional[str],
+    image_size: Size | None = None,
+    window: Windows | None = None,
+    classes: int | None = None,
+    setting: str = "",
+) -> None:
+    """Parameters and multiply-adds by stage, and of a SuperViT the multiply-adds of all its settings.
 
     Args:
         model: a preset, such as swinv2_tiny, a pattern, such as "swinv2*", or a paper's name, such as G/14.
         image_size: pixels, where not the preset's.
         window: tokens, likewise.
         classes: of the head, likewise.
+        setting: how it is run, such as 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; empty: at its own size, whole.
     """
     from manyscale.plan import count as counting
 
+    at = Setting.read(setting) if setting else None
+
     fields = {key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None}
     for name in list_models(model) or [model]:
+        if image_size is not None and isinstance(model_config(name), SuperViTConfig):
+            raise ValueError(f"field `image_size`: {name} has several; give one with --setting {image_size}")
         config = model_config(name, **fields)
-        header, *rows = counting.table(counting.count(config))
-        show(plain_table(header, rows, right=3, title=name))
+        header, *rows = counting.table(counting.count(config, at))
+        show(plain_table(header, rows, right=3, title=f"{name} at {at}" if at else name))
+        if isinstance(config, SuperViTConfig) and not at:
+            whole = counting.count(config).macs
+            costs = [(s, ", ".join(map(str, config.counts(s))), counting.count(config, s).macs) for s in config.settings]
+            rows = [(str(s), left, f"{macs / 1e9:.3f}", f"{macs / whole:.0%}") for s, left, macs in costs]
+            show(plain_table(("setting", "patches left", "GFLOPs", "of the whole"), rows, right=2))
         if isinstance(config, ViTConfig):
             parameters, flops = counting.as_table_2(config)
             print(f"as Table 2 of Scaling ViT counts (no pooling, no head, a multiply-add as two): {parameters:,} parameters, "
@@ -126,7 +142,7 @@ def _memory(model: Positional[str], classes: int | None = None, ema: bool = Fals
 
 
 PLANS: dict[str, tuple[Callable[..., None], str]] = {
-    "count": (_count, "MODEL [--image-size ...] [--window ...] [--classes ...]"),
+    "count": (_count, "MODEL [--image-size ...] [--window ...] [--classes ...] [--setting ...]"),
     "memory": (_memory, "MODEL [--classes ...] [--ema]"),
     "cost": (cost, "RUN [--batch ...] [--latency 20ms | --gflops 2 | --throughput 500 | --accuracy 0.75] [--cascade]"),
     "laws": (_laws, "FILE|RUN ... [--metric ...] [--budget ...] [--out ...]"),

@@ -34,6 +34,8 @@ class Setting:
         require(falling, "tokens", f"{self.tokens} must not grow from block to block: what was dropped stays dropped")
         require(not self.tokens or self.keep == 1.0, "tokens", f"{self.tokens} are instead of keep={self.keep}: give one of the two")
         windows = self.window if isinstance(self.window, tuple) else (self.window,)
+        drops = "a net with windows drops no tokens; leave out the one or the other"
+        require(self.window is None or self.is_full, "window", f"{self.window} with keep={self.keep}, tokens={self.tokens}: {drops}")
         require(self.window is None or min(windows, default=0) >= 1, "window", f"{self.window} must be at least 1")
 
     @property
@@ -76,7 +78,7 @@ class Setting:
 
 
 def _joined(value: int | float | tuple, by: str) -> str:
-    return by.join(f"{one:g}" for one in (value if isinstance(value, tuple) else (value,)))
+    return by.join(str(one).removesuffix(".0") for one in (value if isinstance(value, tuple) else (value,)))
 
 
 def _one(values: tuple) -> int | float | tuple:
@@ -223,7 +225,7 @@ class SuperViTConfig:
                 require(stay <= left, "tokens", f"{setting.tokens}: block {self.drop_blocks[i]} has {left} patches, it cannot keep {stay}")
             else:  # rounded: 0.07 x 100 is 7, not 7.000000000000001
                 among = left + (self.count_rule == "supervit")
-                stay = left if keep == 1 else min(math.ceil(round(keep * among, 9)), left)
+                stay = left if keep == 1 else min(max(math.ceil(round(keep * among, 9)), 1), left)
             counts.append(stay)
             left = stay + (self.fuse and stay < left)
         return tuple(counts)

@@ -197,13 +197,13 @@ class SuperViT(nn.Module):
             return int(rest[0]) + 1
         return 0 if part in ("stem", "patch", "token", "registers", "positions") else self.layers - 1
 
-    def tokens(self, x: Tensor, setting: Setting | None = None, box: tuple[int, int, int, int] | None = None) -> Seen:
+    def tokens(self, x: Tensor, setting: Setting | None = None, mirrored: Tensor | None = None) -> Seen:
         """Images (B, 3, H, W) through the blocks.
 
         Args:
             setting: at which size, and how many tokens stay; images of another size are resized.
-            box: (top, left, bottom, right) in patches: there each image has the patches of its mirror image in the batch, the first
-                of the last, the second of the last but one (MixToken, arXiv 2104.10858, section 3.3).
+            mirrored: (h, w) bool: where it is True each image has the patches of its mirror image in the batch, the first those of
+                the last, the second of the last but one (MixToken, arXiv 2104.10858, section 3.3).
 
         Raises:
             ValueError: images of another shape, or a setting that does not fit; see `SuperViTConfig.counts`.
@@ -216,7 +216,7 @@ class SuperViT(nn.Module):
         size = setting.size or tuple(x.shape[2:])
         size = size if isinstance(size, tuple) else (size, size)
         keeps = dict(zip(config.drop_blocks, config.counts(setting, size), strict=True))
-        x, grid = self._embed(resized(x, size, config.resize), size, box)  # (B, 1 + h·w, C)
+        x, grid = self._embed(resized(x, size, config.resize), size, mirrored)  # (B, 1 + h·w, C)
         if self.registers is not None:
             x = torch.cat([x[:, :1], self.registers.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], dim=1)
         places = torch.arange(prod(grid), device=x.device).expand(len(x), -1)
@@ -228,7 +228,7 @@ class SuperViT(nn.Module):
                 left.append(gone)
         return Seen(self.norm(x), places, tuple(kept), tuple(left), grid)
 
-    def _embed(self, x: Tensor, size: tuple[int, int], box: tuple[int, int, int, int] | None) -> tuple[Tensor, tuple[int, int]]:
+    def _embed(self, x: Tensor, size: tuple[int, int], mirrored: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """Patches with their positions, behind the class token with its own: (B, 3, H, W) -> (B, 1 + h·w, C) and (h, w)."""
         sizes = [self.config.grid_of(s) for s in self.config.sizes]
         grid = self.config.grid_of(size)
@@ -236,10 +236,8 @@ class SuperViT(nn.Module):
             nearest = min(range(len(sizes)), key=lambda i: abs(prod(sizes[i]) - prod(grid)))
             x = self.stem(x, nearest if self.config.stem_statistics == "per-size" else 0)
         x = self.patch(x)  # (B, C, h, w)
-        if box is not None:
-            top, left, bottom, right = box
-            x = x.clone()
-            x[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
+        if mirrored is not None:
+            x = torch.where(mirrored, x.flip(0), x)
         if self.config.positions == "per-size":
             positions = self.positions[sizes.index(grid)]
         else:
@@ -265,14 +263,12 @@ class SuperViT(nn.Module):
         patches = None if self.token_head is None else self.token_head(seen.tokens[:, 1 + self.config.registers :])
         return Answers(self.head(seen.tokens[:, 0]), patches)
 
-    def forward(
-        self, x: Tensor, setting: Setting | None = None, *, box: tuple[int, int, int, int] | None = None, both: bool = False
-    ) -> Tensor | Answers:
-        """Images (B, 3, H, W) -> logits (B, classes); `setting` and `box` as in `tokens`. `both`: the logits of both heads, `Answers`.
+    def forward(self, x: Tensor, setting: Setting | None = None, *, mirrored: Tensor | None = None, both: bool = False) -> Tensor | Answers:
+        """Images (B, 3, H, W) -> logits (B, classes); `setting` and `mirrored` as in `tokens`. `both`: the logits of both heads, `Answers`.
 
         Where the net has a second head, the largest logit of every class over the patches that stayed is added, times `token_head`.
         """
-        answers = self.answers(self.tokens(x, setting, box))
+        answers = self.answers(self.tokens(x, setting, mirrored))
         if both:
             return answers
         if answers.patches is None:

@@ -56,6 +56,9 @@ class LearnMany(Classify):
             raise ValueError(
                 "field `mix_token`: it mixes the patches of a SuperViT, instead of mixup and cutmix; turn off the one or the others"
             )
+        softened = learns.label_share < 1 or not all(setting.is_full for setting in self.settings)
+        if run.loss != "softmax" and softened:
+            raise ValueError(f"field `loss`: answers are learnt from answers as one distribution; {run.loss} makes none, give softmax")
         if learns.token_labels == "teacher" and getattr(net, "token_head", None) is None:
             raise ValueError("field `token_labels`: this net has no head on its patches that could learn them; give --token-head 0.25")
 
@@ -79,8 +82,8 @@ class LearnMany(Classify):
         return net
 
     def compile(self, model: nn.Module) -> None:
-        """One graph for every setting."""
-        self.compiled = compile_settings(model, self.settings)
+        """One graph for every setting that is passed."""
+        self.compiled = compile_settings(model, dict.fromkeys((*self.settings, *map(as_whole, self.settings))))
 
     def losses(
         self, model: nn.Module, images: Tensor, targets: Tensor, step: int = 0, average: nn.Module | None = None
@@ -102,7 +105,7 @@ class LearnMany(Classify):
         answered: dict[Setting, Tensor] = {}
         for setting in passes:
             call = self.compiled.get(setting, partial(model, setting=setting))
-            whole, patches = self._answer(call, images, scaled(box, grid, grid_at(self.run.model, setting)))
+            whole, patches = self._answer(call, images, mask_of(box, grid, grid_at(self.run.model, setting), images.device))
             teacher = answered.get(largest if learns.teacher == "largest" else as_whole(setting)) if outside is None else outside
             if not setting.is_full:
                 yield distillation(whole, teacher, learns.temperature)
@@ -115,9 +118,9 @@ class LearnMany(Classify):
                 loss = loss + learns.token_weight * softmax_loss(patches.float().mT, on_patches.mT).mean()
             yield loss
 
-    def _answer(self, call: Callable[..., Any], images: Tensor, box: Box | None) -> Answers:
+    def _answer(self, call: Callable[..., Any], images: Tensor, mirrored: Tensor | None) -> Answers:
         if isinstance(self.run.model, SuperViTConfig):
-            return call(images, box=box, both=True)
+            return call(images, mirrored=mirrored, both=True)
         return Answers(call(images), None)
 
     @torch.no_grad()
@@ -127,7 +130,7 @@ class LearnMany(Classify):
         """What the moving average, or another net, answers on the whole pictures: logits (B, classes); None where neither teaches."""
         learns = self.run.supernet
         if learns.teacher == "average":
-            return self._answer(partial(average.eval(), setting=largest), images, box).whole
+            return self._answer(partial(average.eval(), setting=largest), images, mask_of(box, grid, grid, images.device)).whole
         if learns.teacher != "other":
             return None
         net = self.other.to(images.device)
@@ -150,13 +153,11 @@ class LearnMany(Classify):
         else:
             said = targets[:, None, None, :].expand(-1, *grid, -1)
         if box is not None:
-            top, left, bottom, right = box
-            said = said.clone()
-            said[:, top:bottom, left:right] = said.flip(0)[:, top:bottom, left:right]
+            said = torch.where(mask_of(box, grid, grid, said.device)[..., None], said.flip(0), said)
         return said.flatten(1, 2)
 
     def evaluate(self, model: nn.Module, device: torch.device, precision: torch.dtype, report: Report) -> dict[str, float]:
-        """Top-1, top-5 and loss of the whole net, top-1 of every setting, and the mean of these, on the held-out split."""
+        """Top-1, top-5 and loss at the most expensive setting, top-1 at every one, and the mean of these, on the held-out split."""
         settings = self.settings if self.run.supernet.watch == "all" else (self.settings[0], self.settings[-1])
         return score_settings(model, self.eval_batches(), settings, device, precision, report, self.run.loss)
 
@@ -268,9 +269,19 @@ def draw_box(grid: tuple[int, int], alpha: float, generator: np.random.Generator
     return top, left, bottom, right
 
 
-def scaled(box: Box | None, grid: tuple[int, int], smaller: tuple[int, int]) -> Box | None:
+def scaled(box: Box, grid: tuple[int, int], smaller: tuple[int, int]) -> Box:
     """A box on the largest grid as one on a smaller, rounded down as the official code does."""
-    return None if box is None else tuple(edge * there // here for edge, here, there in zip(box, grid * 2, smaller * 2, strict=True))
+    return tuple(edge * there // here for edge, here, there in zip(box, grid * 2, smaller * 2, strict=True))
+
+
+def mask_of(box: Box | None, grid: tuple[int, int], smaller: tuple[int, int], device: torch.device) -> Tensor | None:
+    """A box on the largest grid as the patches in it on a smaller: (h, w) bool. A tensor, so that a compiled net takes any box."""
+    if box is None:
+        return None
+    top, left, bottom, right = scaled(box, grid, smaller)
+    mask = torch.zeros(smaller, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask.to(device, non_blocking=True)
 
 
 def own_share(box: Box, grid: tuple[int, int]) -> float:
@@ -320,7 +331,7 @@ def score_settings(
     report: Report,
     loss: str = "softmax",
 ) -> dict[str, float]:
-    """Top-1 of a model at every setting, `accuracy 160/0.7`, their mean, and top-1, top-5 and loss at the last. Every picture is read once.
+    """Top-1 of a model at every setting, `accuracy 160/0.7`, their mean, and of the last top-1, top-5 and loss. Pictures are read once.
 
     Raises:
         ValueError: no picture could be read.

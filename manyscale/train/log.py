@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from manyscale.storage import write
 
+COLOURS = ("#4a8c5c", "#c0392b", "#e5a04b")  # of the accuracies in a picture
 PLAIN_SECONDS = 10.0  # between progress lines where the output is not a terminal
 
 
@@ -113,7 +114,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path | str) -> None:
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "epoch" in r and "lr" not in r]
     held_out = "l1" if evaluations and "l1" in evaluations[-1] else "val_loss"
-    shown = [name for name in ("accuracy", "top5") if evaluations and name in evaluations[-1]]
+    shown = [name for name in ("mean_accuracy", "accuracy", "top5") if evaluations and name in evaluations[-1]]
     figure = Figure(figsize=(11, 3.2) if shown else (7.4, 3.2), layout="constrained")
     loss, *metrics, rate = figure.subplots(1, 3 if shown else 2)
     loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#7aa6c2", lw=1, label="training")
@@ -122,7 +123,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path | str) -> None:
     if steps or evaluations:
         loss.legend(frameon=False)
     for metric in metrics:
-        for name, colour in zip(shown, ("#c0392b", "#e5a04b"), strict=False):
+        for name, colour in zip(shown, COLOURS[-len(shown) :], strict=True):
             values = [r[name] for r in evaluations]
             metric.plot([r["step"] for r in evaluations], values, marker=".", color=colour, label=name)
             metric.annotate(f"{values[-1]:.1%}", (evaluations[-1]["step"], values[-1]), ha="right", va="top", fontsize=9)

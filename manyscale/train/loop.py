@@ -166,16 +166,16 @@ class _Training:
         state.model.train()
         torch.manual_seed(seed_from(run.seed, clock.step))
         images, targets = self.task.targets(batch, self.device)
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for part in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
             randomness = _random_states()
             for loss in self._losses(part):
                 loss = loss * (len(part[0]) / len(images))
-                total += loss.item()
-                if not math.isfinite(total):
-                    _random_states(randomness)
-                    self._blame(part, batch.ids)
                 loss.backward()
+                total += loss.detach()
+            if not torch.isfinite(total):
+                _random_states(randomness)
+                self._blame(part, batch.ids)
         parameters = [p for p in state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if not torch.isfinite(norm):
@@ -187,7 +187,7 @@ class _Training:
         state.optimiser.zero_grad()
         if state.ema:
             state.ema.update_parameters(state.model)
-        return total
+        return total.item()
 
     def _losses(self, part: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
         """The task's losses, computed one by one in the run's precision, at most one of their graphs alive."""

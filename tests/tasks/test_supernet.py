@@ -29,13 +29,15 @@ from manyscale.tasks.supernet import (
     distillation,
     draw_box,
     draw_passes,
+    mask_of,
     mixed,
     own_share,
     scaled,
     score_settings,
     shaded,
 )
-from manyscale.train.loop import train
+from manyscale.train import loop
+from manyscale.train.loop import Stopped, train
 from manyscale.train.optim import decays
 from manyscale.train.state import State
 from tests.conftest import loud
@@ -221,8 +223,7 @@ def test_another_net_as_teacher(run, tmp_path):
         said = share * said + (1 - share) * said.flip(0)
         targets = share * targets + (1 - share) * targets.flip(0)
         for setting, loss in zip(order, found, strict=True):
-            here = scaled(box, (4, 4), NET.grid_of(setting.size))
-            logits = model(images, setting, box=here)
+            logits = model(images, setting, mirrored=mask_of(box, (4, 4), NET.grid_of(setting.size), torch.device("cpu")))
             expected = -(targets * logits.log_softmax(-1)).sum(-1).mean() if setting.is_full else kl(said.log(), logits)
             torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
 
@@ -246,7 +247,7 @@ def test_every_patch_learns_its_own_label(run, tmp_path, token_labels):
     draw_passes(LV.settings, learns, generator)
     top, left, bottom, right = box = draw_box((4, 4), 1.0, generator)
     with torch.no_grad():
-        whole, patches = model(images, LARGE, box=box, both=True)
+        whole, patches = model(images, LARGE, mirrored=mask_of(box, (4, 4), (4, 4), torch.device("cpu")), both=True)
         share = 1 - (bottom - top) * (right - left) / 16
         if token_labels == "teacher":
             maps = teacher.last_map(images)
@@ -265,7 +266,10 @@ def test_every_patch_learns_its_own_label(run, tmp_path, token_labels):
 def test_boxes_lie_in_their_grid(h, w, alpha, seed, small_h, small_w):
     top, left, bottom, right = box = draw_box((h, w), alpha, np.random.default_rng(seed))
     assert 0 <= top <= bottom <= h and 0 <= left <= right <= w and 0 <= own_share(box, (h, w)) <= 1
+    mask = mask_of(box, (h, w), (small_h, small_w), torch.device("cpu"))
+    assert mask.shape == (small_h, small_w) and mask_of(None, (h, w), (h, w), torch.device("cpu")) is None
     top, left, bottom, right = scaled(box, (h, w), (small_h, small_w))
+    assert mask[top:bottom, left:right].all() and mask.sum() == (bottom - top) * (right - left)
     assert 0 <= top <= bottom <= small_h and 0 <= left <= right <= small_w
     assert scaled(box, (h, w), (h, w)) == box
 
@@ -283,7 +287,7 @@ def test_small_functions():
     targets = torch.eye(3)
     assert mixed(targets, None, (4, 4)) is targets
     assert torch.allclose(mixed(targets, (0, 0, 2, 4), (4, 4))[0], torch.tensor([0.5, 0.0, 0.5]))
-    assert scaled(None, (4, 4), (2, 2)) is None and scaled((1, 2, 4, 4), (4, 4), (3, 3)) == (0, 1, 3, 3)
+    assert scaled((1, 2, 4, 4), (4, 4), (3, 3)) == (0, 1, 3, 3)
     logits = torch.randn(4, 5)
     assert distillation(logits, logits + 3).abs() < 1e-6
     run_preprocess = preprocess_for(Input(data="digits", statistics="half"), (16, 16), None)
@@ -313,15 +317,39 @@ def test_a_run_resumes_bit_by_bit(run, kind, tmp_path, monkeypatch):
     assert fingerprint(pieces.out) == fingerprint(run.out)
 
 
-def test_compiled_settings_train_as_eager_ones(run, monkeypatch):
-    made = []
-    monkeypatch.setattr(supernet, "compile_settings", lambda *args: made.append(compile_settings(*args, backend="aot_eager")) or made[0])
-    run = replace(run, model=replace(NET, sizes=(8, 16), keeps=(0.5, 1.0)), optim=Optim(), schedule=replace(run.schedule, length="2-steps"))
+@pytest.mark.parametrize("mix_token", [0.0, 1.0])
+def test_compiled_settings_train_as_eager_ones(run, monkeypatch, mix_token):
+    """And boxes of MixToken, which differ from step to step, make no new graphs; nor do whole passes that are no setting."""
+    made, graphs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(supernet, "compile_settings", lambda *args: made.append(compile_settings(*args, backend=backend)) or made[0])
+    net = replace(NET, sizes=(8, 16), keeps=(0.5,) if mix_token else (0.5, 1.0))
+    augment = Augment() if mix_token else run.augment
+    schedule = replace(run.schedule, length="4-steps")
+    run = replace(run, model=net, optim=Optim(), schedule=schedule, augment=augment, supernet=Supernet(mix_token=mix_token))
     compiled = replace(run, compile=True, out=run.out + "c")
     train(run), train(compiled)
     losses = [[json.loads(line).get("loss") for line in (Path(r.out) / "metrics.jsonl").read_text().splitlines()] for r in (run, compiled)]
-    assert len(made[0]) == 4
+    assert len(made[0]) == 4 and len(graphs) == 4
     assert [x for x in losses[0] if x] == pytest.approx([x for x in losses[1] if x], rel=1e-4)
+
+
+def test_a_loss_of_a_later_pass_that_is_not_finite_is_blamed(run, monkeypatch):
+    """Positions of a small size are not touched by the first two passes."""
+    real = loop._Training._step
+
+    def poison(self, batch, lr):
+        with torch.no_grad():
+            self.state.model.positions[0][0, 0], self.state.model.positions[1][0, 0] = math.nan, math.nan
+        return real(self, batch, lr)
+
+    monkeypatch.setattr(loop._Training, "_step", poison)
+    with pytest.raises(Stopped, match=r"step 1: the loss is not finite, first in module blocks\.0\.norm1"):
+        train(run)
 
 
 def test_scores_of_all_settings_are_those_of_each(run):
@@ -410,6 +438,7 @@ def test_positions_and_registers_are_not_decayed(run):
         ({"supernet": Supernet(teacher="average"), "optim": Optim()}, "field `teacher`.*give --ema"),
         ({"supernet": Supernet(mix_token=1.0)}, "field `mix_token`.*turn off"),
         ({"task": "simmim"}, "a SuperViT has no mask token"),
+        ({"loss": "sigmoid"}, "field `loss`.*give softmax"),
         ({"supernet": Supernet(settings=("8/0.3",))}, "field `settings`: a SuperViT has sizes and keep rates"),
     ],
 )
