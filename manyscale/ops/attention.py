@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Path = Literal["auto", "reference", "fused"]
+from manyscale.ops.sequential import sequential
+
+Path = Literal["auto", "reference", "fused", "sequential"]
+BUDGET = 64 * 2**20
 
 
 def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
@@ -25,7 +28,15 @@ def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, dropout: float = 0.0, path: Path = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    path: Path = "auto",
+    budget: int = BUDGET,
 ) -> Tensor:
     """softmax(q k^T + bias, masked) v in every window.
 
@@ -35,12 +46,21 @@ def attend(
         mask: (W, N, N) bool, True where the row may attend the column; at least one True a row. Masked logits are -inf:
             the official -100 can be outbid by cosine logits that span up to 216.
         dropout: probability of dropping an attention weight.
-        path: `reference` is plain; `fused` is torch's scaled_dot_product_attention; `auto` is fused where the bias needs
-            no gradient (with one, the fused kernels refuse or store its full size: pytorch#145208).
+        path: `reference` is plain; `fused` is torch's scaled_dot_product_attention; `sequential` works on one chunk after another,
+            in either pass; `auto` is fused where the bias needs no gradient (with one, the fused kernels refuse or store its full
+            size: pytorch#145208).
+        budget: bytes that the logits of a chunk may take, of the sequential path.
 
     Returns:
         (B, W, H, N, d)
+
+    Raises:
+        ValueError: sequential with dropout, or with a budget that one row exceeds.
     """
+    if path == "sequential":
+        if dropout:
+            raise ValueError("field `attention`: sequential keeps no attention weights that it could drop; give dropout 0 or another path")
+        return sequential(q.to(v.dtype), k.to(v.dtype), v, bias, mask, budget)
     if path == "auto":
         path = "reference" if bias is not None and bias.requires_grad and torch.is_grad_enabled() else "fused"
     return {"reference": _reference, "fused": _fused}[path](q, k, v, bias, mask, dropout)

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyscale.ops.attention import attend, unit
+from manyscale.ops.sequential import LIVE, chunk_of
 from manyscale.ops.windows import layout
 
-PATHS = ["reference", "fused"]
+pytestmark = pytest.mark.attention
+PATHS = ["reference", "fused", "sequential"]
 CUTS = {  # grid, window
     "image": ((6, 8), (3, 4)),
     "padded": ((5, 9), (3, 4)),
@@ -50,9 +52,10 @@ def test_paths_have_the_same_gradients(case):
     cut = layout(*case, shifted=True, mask_padding=True)
     tensors = [t.requires_grad_() for t in inputs(cut)]
     weights = torch.randn_like(tensors[2])
-    reference, fused = (torch.autograd.grad((attend(*tensors, cut.mask, path=path) * weights).sum(), tensors) for path in PATHS)
-    for a, b in zip(reference, fused, strict=True):
-        torch.testing.assert_close(a, b)
+    reference, *others = (torch.autograd.grad((attend(*tensors, cut.mask, path=path) * weights).sum(), tensors) for path in PATHS)
+    for other in others:
+        for a, b in zip(reference, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -109,14 +112,16 @@ def test_dropout_drops_attention_weights():
     cut = layout((8, 8), (8, 8), shifted=False, mask_padding=True)
     q, k, v, bias = inputs(cut, batch=8)
     v = torch.ones_like(v)  # a row's weights sum to 1, and so does the result, unless weights were dropped
-    for path in PATHS:
+    for path in ("reference", "fused"):
         out = attend(q, k, v, bias, dropout=0.5, path=path)
         assert out.std() > 0.1 and out.mean().item() == pytest.approx(1, abs=0.1)
+    with pytest.raises(ValueError, match="field `attention`: sequential keeps no attention weights"):
+        attend(q, k, v, bias, dropout=0.5, path="sequential")
 
 
 def test_auto_fuses_where_the_bias_needs_no_gradient(monkeypatch):
     taken = []
-    for path in PATHS:
+    for path in ("reference", "fused"):
         monkeypatch.setattr(f"manyscale.ops.attention._{path}", lambda *_, path=path: taken.append(path))
     tensors = inputs(layout((2, 2), (2, 2), shifted=False, mask_padding=True))
     attend(*tensors)
@@ -125,6 +130,84 @@ def test_auto_fuses_where_the_bias_needs_no_gradient(monkeypatch):
     with torch.no_grad():
         attend(*tensors)
     assert taken == ["fused", "reference", "fused"]
+
+
+# --- One chunk after another ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.booleans(), st.booleans(), st.integers(0, 10**6))
+def test_any_budget_gives_the_same(batch, across, heads, side, shifted, biased, more):
+    """From one row at a time to all at once, forward and backward, whether or not chunks divide the work."""
+    cut = layout((side, side * across), (side, side), shifted=shifted, mask_padding=True)
+    q, k, v, bias = (t.requires_grad_() for t in inputs(cut, batch=batch, heads=heads, width=2))
+    bias, mask = (bias, cut.mask) if biased else (None, None)
+    tensors = [t for t in (q, k, v, bias) if t is not None]
+    weights, found = torch.randn_like(v), []
+    row = LIVE * 8 * heads * side * side
+    for path, budget in (("reference", 0), ("sequential", row + more % (row * side * side * across * batch))):
+        out = attend(q, k, v, bias, mask, path=path, budget=budget)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), tensors)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@given(*[st.integers(1, 70)] * 5, st.integers(0, 10**8))
+def test_chunks_keep_to_their_budget(batch, windows, heads, rows, keys, budget):
+    shape, row = torch.Size((batch, windows, heads, rows, 8)), LIVE * 4 * heads * keys
+    if budget < row:
+        with pytest.raises(ValueError, match=rf"field `attention_memory`: {budget:,} bytes; .* takes {row:,}, give more"):
+            chunk_of(shape, keys, 4, budget)
+        return
+    chunk = chunk_of(shape, keys, 4, budget)
+    assert 1 <= chunk.windows <= windows and 1 <= chunk.samples <= batch and 1 <= chunk.rows <= rows
+    assert chunk.samples * chunk.windows * chunk.rows * row <= budget
+    if budget >= batch * windows * rows * row:
+        assert chunk == (batch, windows, rows)
+
+
+def test_queries_may_be_fewer_than_keys():
+    q, k, v = torch.randn(2, 1, 3, 4, 5), torch.randn(2, 1, 3, 9, 5), torch.randn(2, 1, 3, 9, 5)
+    tensors = [t.double().requires_grad_() for t in (q, k, v)]
+    found = [attend(*tensors, path=path, budget=LIVE * 8 * 3 * 9 * 2) for path in PATHS]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    grads = [torch.autograd.grad(out.square().sum(), tensors) for out in found]
+    for a, b in zip(grads[0], grads[2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's check looks there itself
+def test_chunks_are_one_node_of_a_graph():
+    """torch's own check of schema, fake tensors and autograd; no graph breaks when compiled; torch.export takes it."""
+    cut = layout((4, 8), (4, 4), shifted=True, mask_padding=True)
+    tensors = [t.requires_grad_() for t in inputs(cut, torch.float32)]
+    torch.library.opcheck(torch.ops.manyscale.sequential_attention.default, (*tensors, cut.mask, 10_000))
+
+    def attended(*tensors):
+        return attend(*tensors, cut.mask, path="sequential", budget=10_000)
+
+    compiled = torch.compile(attended, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (attended, compiled)), strict=True):
+        torch.testing.assert_close(a, b)
+
+    class Net(torch.nn.Module):
+        def forward(self, *tensors):
+            return attended(*tensors)
+
+    exported = torch.export.export(Net(), tuple(tensors)).module()
+    torch.testing.assert_close(exported(*tensors), attended(*tensors))
+
+
+def test_under_autocast_chunks_compute_in_the_type_they_are_given():
+    cut = layout((4, 4), (4, 4), shifted=False, mask_padding=True)
+    tensors = inputs(cut, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*tensors, path="sequential")
+    torch.testing.assert_close(found, attend(*tensors, path="reference"))
+
+
+# --- Length one ----------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
