@@ -5,6 +5,7 @@ Each class checks its own values when it is made; a `ValueError` names the field
 """
 
 from manyscale.config.durations import Duration, in_steps, seconds
+from manyscale.config.memory import Memory, read_bytes
 from manyscale.config.nets import NetConfig, Size, SwinConfig, ViTConfig, Windows
 from manyscale.config.run import Augment, Input, Optim, Preprocess, Probe, Run, Schedule, SimMIM, Supernet
 from manyscale.config.supervit import Setting, SuperViTConfig
@@ -14,6 +15,7 @@ __all__ = [
     "Augment",
     "Duration",
     "Input",
+    "Memory",
     "NetConfig",
     "Optim",
     "Preprocess",
@@ -31,6 +33,7 @@ __all__ = [
     "from_dict",
     "in_steps",
     "nearest",
+    "read_bytes",
     "seconds",
     "to_dict",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from manyscale.config.checks import finite, require
 from manyscale.config.durations import Duration, check_duration, parts, seconds
+from manyscale.config.memory import Memory
 from manyscale.config.nets import NetConfig, SwinConfig
 from manyscale.config.supervit import Setting
 
@@ -244,6 +245,7 @@ class Run:
     simmim: SimMIM = field(default_factory=SimMIM)  # where that is the task
     supernet: Supernet = field(default_factory=Supernet)  # likewise
     fewshot: Probe = field(default_factory=Probe)
+    memory: Memory = field(default_factory=Memory)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # of classification; sigmoid: every class a question of its own, summed
     batch: int = 64  # images per step
     accumulate: int = 1  # backward passes per step; each takes batch / accumulate images

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyscale.ops.attention import Path, attend, first_row, unit
+from manyscale.ops.attention import BUDGET, Path, attend, first_row, unit
 from manyscale.ops.windows import Layout, enter, leave
 
 
@@ -22,6 +22,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.similarity, self.dropout = heads, similarity, dropout
         self.attention_path: Path = "auto"
+        self.attention_budget = BUDGET
         self.qkv = nn.Linear(width, 3 * width, bias=similarity == "dot")
         if similarity == "cosine":
             self.q_bias = nn.Parameter(torch.empty(width))
@@ -50,7 +51,9 @@ class WindowAttention(nn.Module):
         else:
             q = q * q.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, self.bias(index, coordinates), layout.mask, dropout=dropout, path=self.attention_path)
+        out = attend(
+            q, k, v, self.bias(index, coordinates), layout.mask, dropout=dropout, path=self.attention_path, budget=self.attention_budget
+        )
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
         return self.proj_drop(self.proj(leave(out, layout)))
 
@@ -62,6 +65,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_path: Path = "auto"
+        self.attention_budget = BUDGET
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
@@ -80,7 +84,7 @@ class Attention(nn.Module):
         return q * q.shape[-1] ** -0.5, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(q, k, v, path=self.attention_path)
+        out = attend(q, k, v, path=self.attention_path, budget=self.attention_budget)
         return self.proj_drop(self.proj(out[:, 0].transpose(1, 2).flatten(-2)))
 
 
@@ -91,6 +95,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_path: Path = "auto"
+        self.attention_budget = BUDGET
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -99,5 +104,5 @@ class CrossAttention(nn.Module):
         """Queries (B, M, C) on tokens (B, N, C) -> (B, M, C)"""
         q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)[:, None]  # (B, 1, H, M, d)
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
-        out = attend(q * q.shape[-1] ** -0.5, k, v, path=self.attention_path)
+        out = attend(q * q.shape[-1] ** -0.5, k, v, path=self.attention_path, budget=self.attention_budget)
         return self.proj(out[:, 0].transpose(1, 2).flatten(-2))

@@ -3,6 +3,7 @@
 from manyscale.models.build import Net, build, create_model
 from manyscale.models.features import Features
 from manyscale.models.files import load, save
+from manyscale.models.paths import set_attention
 from manyscale.models.recalibrate import recalibrated
 from manyscale.models.settings import compile_settings
 from manyscale.models.supervit import SuperViT
@@ -22,5 +23,6 @@ __all__ = [
     "load",
     "recalibrated",
     "save",
+    "set_attention",
     "transfer",
 ]

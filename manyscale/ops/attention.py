@@ -3,15 +3,13 @@
 Letters: B batch, W windows, H heads, N tokens of a window, d channels of a head.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyscale.config.memory import AttentionPath as Path
 from manyscale.ops.sequential import sequential
 
-Path = Literal["auto", "reference", "fused", "sequential"]
 BUDGET = 64 * 2**20
 
 

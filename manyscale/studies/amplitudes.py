@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from manyscale.config import Run, SwinConfig
@@ -151,7 +152,7 @@ def _free_memory() -> int:
 
 
 def _draw(small_nets: dict, presets: dict) -> Figure:
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plain(left, title="small nets, trained", xlabel="block", yscale="log", ylabel="root mean square")
     plain(right, title="the papers' nets, as they start", xlabel="block", yscale="log")
@@ -165,6 +166,10 @@ def _draw(small_nets: dict, presets: dict) -> Figure:
         colour = COLOURS[0] if name.startswith("swinv2") else COLOURS[1]
         width = 0.7 + 0.5 * [*PRESETS["V2" if name.startswith("swinv2") else "V1"]].index(name)
         right.plot(range(1, len(found) + 1), found, color=colour, lw=width, alpha=0.8, label=name)
-    left.legend(frameon=False, fontsize=7)
-    right.legend(frameon=False, fontsize=7)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(LogLocator(base=2))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

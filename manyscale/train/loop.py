@@ -27,6 +27,7 @@ from manyscale.train.folder import check_recipe, check_task, only_one
 from manyscale.train.log import Log
 from manyscale.train.optim import set_rate
 from manyscale.train.schedule import cooldown_steps, evaluation_steps, planned_steps, rate, total_rate
+from manyscale.train.shard import fit
 from manyscale.train.state import State, pick_device, pick_precision
 
 CALIBRATION_STEPS = 15
@@ -77,7 +78,7 @@ class _Training:
         torch.manual_seed(task.run.seed)
         model = task.model()
         self.run: Run = replace(task.run, model=model.config)
-        self.state = State(model.to(self.device), self.run.optim)
+        self.state = State(fit(model.to(self.device), self.run.memory), self.run.optim)
         if task.run.compile:
             task.compile(self.state.model)
         self.signal = 0
