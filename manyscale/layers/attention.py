@@ -1,14 +1,17 @@
 """Attention inside windows with either similarity (Swin V1 section 3.2, V2 section 3.2), over all tokens, and of a query on tokens."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyscale.ops.attention import BUDGET, Path, attend, first_row, unit
+from manyscale.layers.kept import Kept, can_keep
+from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded, unit
 from manyscale.ops.windows import Layout, enter, leave
+
+FOLDED = 128 * 2**20  # bytes of a block's bias with its mask, at most, to be kept
 
 
 class WindowAttention(nn.Module):
@@ -29,6 +32,7 @@ class WindowAttention(nn.Module):
             self.v_bias = nn.Parameter(torch.empty(width))
             self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1))
         self.bias = bias
+        self.kept = Kept()
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
         self.initialise()
@@ -51,11 +55,35 @@ class WindowAttention(nn.Module):
         else:
             q = q * q.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
-        out = attend(
-            q, k, v, self.bias(index, coordinates), layout.mask, dropout=dropout, path=self.attention_path, budget=self.attention_budget
-        )
+        added, mask = self._added(layout, index, coordinates, v)
+        out = attend(q, k, v, added, mask, dropout=dropout, path=self.attention_path, budget=self.attention_budget)
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
         return self.proj_drop(self.proj(leave(out, layout)))
+
+    def _added(self, layout: Layout, index: Tensor, coordinates: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The position bias (H, N, N), and the mask.
+
+        In evaluation the bias is computed once for each layout (the paper's "pre-computed and stored", section 3.3), in the type of `v`
+        and with the mask laid into it where that is small enough to keep.
+        """
+        parameters = tuple(self.bias.parameters())
+        if self.training or torch.is_grad_enabled() or not can_keep(v, parameters):
+            return self.bias(index, coordinates), layout.mask
+
+        def made() -> tuple[Tensor, Tensor | None]:
+            bias = self.bias(index, coordinates).to(v.dtype).contiguous()
+            windows = 0 if layout.mask is None else len(layout.mask)
+            if not windows or self.attention_path == "sequential" or windows * bias.numel() * bias.itemsize > FOLDED:
+                return bias, layout.mask
+            return folded(bias, layout.mask), None
+
+        key = (layout[:-1], v.dtype, v.device, torch.is_autocast_enabled(v.device.type), self.attention_path)
+        return self.kept.get(key, made, parameters)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module; and forget what was kept."""
+        self.kept.forget()
+        return super().train(mode)
 
 
 class Attention(nn.Module):

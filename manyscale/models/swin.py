@@ -6,18 +6,21 @@ V1 (arXiv 2103.14030) is dot, pre, table; V2 (arXiv 2111.09883) is cosine, res-p
 Letters: B batch, grid = (h, w) or (t, h, w) tokens, C channels, D_i channels of stage i, N tokens of a window.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from manyscale.config import Preprocess, Setting, SwinConfig
 from manyscale.layers.attention import WindowAttention
 from manyscale.layers.block import Block, Mlp
+from manyscale.layers.kept import Kept, can_keep
 from manyscale.layers.patch import MaskToken, PatchEmbed, PatchMerge
 from manyscale.layers.position_bias import ContinuousBias, TableBias
 from manyscale.models.features import Features
 from manyscale.ops.images import resized
 from manyscale.ops.positions import relative_coordinates, relative_index
-from manyscale.ops.windows import layout
+from manyscale.ops.windows import Layout, layout
 
 
 class Stage(nn.Module):
@@ -29,6 +32,7 @@ class Stage(nn.Module):
         self.window, self.pretrained = config.windows[stage], config.pretrained_windows[stage]
         self.spacing = {"table": None, "linear-cpb": "linear", "log-cpb": "log"}[config.bias]
         self.mask_padding = config.padding == "mask"
+        self.kept = Kept()
         self.blocks = nn.ModuleList()
         for i in range(config.depths[stage]):
             bias = ContinuousBias(config.axes, heads) if self.spacing else TableBias(self.window, heads)
@@ -49,13 +53,18 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, window: tuple[int, ...] | None = None) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C), before the merging; `window`: another than the one the stage was built with."""
         grid, window = tuple(x.shape[1:-1]), window or self.window
-        # Masks, indices and coordinates depend on the grid alone: made once here, for all blocks.
-        plain, shifted = (layout(grid, window, shifted=s, mask_padding=self.mask_padding, device=x.device) for s in (False, True))
-        index = relative_index(plain.window, plain.window if self.spacing else self.window, x.device)
-        coordinates = relative_coordinates(plain.window, self.pretrained, self.spacing, x.device) if self.spacing else None
+        made = partial(self._places, grid, window, x.device)
+        plain, shifted, *places = self.kept.get((grid, window, x.device), made) if can_keep(x) else made()
         for i, block in enumerate(self.blocks):
-            x = block(x, shifted if i % 2 else plain, index, coordinates)
+            x = block(x, shifted if i % 2 else plain, *places)
         return x
+
+    def _places(self, grid: tuple[int, ...], window: tuple[int, ...], device: torch.device) -> tuple[Layout, Layout, Tensor, Tensor | None]:
+        """What depends on the grid alone, for all blocks: both layouts, and what a position bias reads."""
+        plain, shifted = (layout(grid, window, shifted=s, mask_padding=self.mask_padding, device=device) for s in (False, True))
+        index = relative_index(plain.window, plain.window if self.spacing else self.window, device)
+        coordinates = relative_coordinates(plain.window, self.pretrained, self.spacing, device) if self.spacing else None
+        return plain, shifted, index, coordinates
 
 
 class Swin(nn.Module):

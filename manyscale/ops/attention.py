@@ -40,7 +40,7 @@ def attend(
 
     Args:
         q, k, v: (B, W, H, N, d); q carries the scale of the logits, and without a mask may have other tokens than k and v.
-        bias: (H, N, N), added to the logits; None: none, and then no mask either.
+        bias: (H, N, N), added to the logits, or (W, H, N, N) with the mask laid into it (`folded`); None: none, and then no mask either.
         mask: (W, N, N) bool, True where the row may attend the column; at least one True a row. Masked logits are -inf:
             the official -100 can be outbid by cosine logits that span up to 216.
         dropout: probability of dropping an attention weight.
@@ -77,14 +77,21 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tenso
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float) -> Tensor:
     batch, windows, heads = q.shape[:3]
     q, k, bias = q.to(v.dtype), k.to(v.dtype), None if bias is None else bias.to(v.dtype)
-    if mask is None or bias is None:
+    if mask is not None and bias is not None:
+        bias = folded(bias, mask)
+    if bias is None or bias.dim() == 3:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B·W, H, N, d)
         bias = None if bias is None else bias[None]
     else:  # windows fold into heads, so that the mask is one copy for the whole batch
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, W·H, N, d)
-        bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)[None]  # (1, W·H, N, N)
+        bias = bias.flatten(0, 1)[None]  # (1, W·H, N, N)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
     return out.reshape(batch, windows, heads, *out.shape[-2:])
+
+
+def folded(bias: Tensor, mask: Tensor) -> Tensor:
+    """The bias of every window, -inf where its mask (W, N, N) is False: (H, N, N) -> (W, H, N, N)."""
+    return bias.masked_fill(~mask[:, None], float("-inf"))
 
 
 def first_row(q: Tensor, k: Tensor) -> Tensor:

@@ -51,8 +51,7 @@ def sequential(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tenso
     Raises:
         ValueError: as `chunk_of`.
     """
-    with torch.autocast(q.device.type, enabled=False):  # types are chosen here
-        return _forward(q, k, v, bias, mask, budget)[0]
+    return _forward(q, k, v, bias, mask, budget)[0]
 
 
 @torch.library.custom_op("manyscale::sequential_attention", mutates_args=())
@@ -60,10 +59,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor 
     """The result (B, W, H, N, d), and the logarithm of every row's denominator (B, W, H, N)."""
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
     sums = torch.empty(q.shape[:-1], dtype=_wide(q), device=q.device)
-    for here, rows, logits in _logits(q, k, bias, mask, budget):
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        sums[*here, :, rows] = total.squeeze(-1)
-        out[*here, :, rows] = (logits - total).exp_().to(v.dtype) @ v[here]
+    with torch.autocast(q.device.type, enabled=False):  # types are chosen here
+        for here, rows, logits in _logits(q, k, bias, mask, budget):
+            total = logits.logsumexp(dim=-1, keepdim=True)
+            sums[*here, :, rows] = total.squeeze(-1)
+            out[*here, :, rows] = logits.sub_(total).exp_().to(v.dtype) @ v[here]
     return out, sums
 
 

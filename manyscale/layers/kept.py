@@ -1,0 +1,49 @@
+"""What follows from a net's shape, or from few of its weights, computed once and used until one of them changes."""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIMIT = 8  # values: a net that runs at many sizes in turns keeps those of the last few
+
+
+class Kept:
+    """Values by key, made of parameters, and forgotten when one of these is another or was written into.
+
+    What `tensor.data.copy_()` writes has no trace in torch and is not seen here; `train()` and `eval()` of the layer call `forget`.
+    """
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[Tensor, int, int]] = []
+        self.values: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> Any:
+        """The value of `key`, made where it is not there, without gradient."""
+        marks = [(p, p._version, p.data_ptr()) for p in parameters]
+        if len(marks) != len(self.marks) or any(
+            new is not old or rest != before for (new, *rest), (old, *before) in zip(marks, self.marks, strict=True)
+        ):
+            self.forget()
+            self.marks = marks
+        if key not in self.values:
+            if len(self.values) == LIMIT:
+                self.values.pop(next(iter(self.values)))
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used in training later
+                self.values[key] = make()
+        return self.values[key]
+
+    def forget(self) -> None:
+        """Drop all values."""
+        self.marks, self.values = [], {}
+
+
+def can_keep(like: Tensor, parameters: Iterable[Tensor] = ()) -> bool:
+    """Whether values of real tensors are computed now: not shapes alone, a graph that is traced, or what torch.func transforms."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor or like.is_meta:
+        return False
+    tensors = (like, *parameters)
+    return not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors) and not any(
+        tensor.is_inference() for tensor in tensors[1:]
+    )
