@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyscale.layers.kept import Kept, can_keep
-from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded, unit
+from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded
 from manyscale.ops.windows import Layout, enter, leave
 
 FOLDED = 128 * 2**20  # bytes of a block's bias with its mask, at most, to be kept
@@ -48,15 +48,13 @@ class WindowAttention(nn.Module):
         bias = self.qkv.bias if self.similarity == "dot" else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
-        if self.similarity == "cosine":
-            # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding
+        scale = None
+        if self.similarity == "cosine":  # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding
             scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).clamp(max=math.log(100)).exp()
-            q, k = unit(q, scale).to(v.dtype), unit(k).to(v.dtype)
-        else:
-            q = q * q.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
         added, mask = self._added(layout, index, coordinates, v)
-        out = attend(q, k, v, added, mask, dropout=dropout, path=self.attention_path, budget=self.attention_budget)
+        path, budget = self.attention_path, self.attention_budget
+        out = attend(q, k, v, added, mask, scale=scale, dropout=dropout, path=path, budget=budget)
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
         return self.proj_drop(self.proj(leave(out, layout)))
 
@@ -109,7 +107,7 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
-        return q * q.shape[-1] ** -0.5, k, v
+        return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v, path=self.attention_path, budget=self.attention_budget)
@@ -132,5 +130,5 @@ class CrossAttention(nn.Module):
         """Queries (B, M, C) on tokens (B, N, C) -> (B, M, C)"""
         q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)[:, None]  # (B, 1, H, M, d)
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
-        out = attend(q * q.shape[-1] ** -0.5, k, v, path=self.attention_path, budget=self.attention_budget)
+        out = attend(q, k, v, path=self.attention_path, budget=self.attention_budget)
         return self.proj(out[:, 0].transpose(1, 2).flatten(-2))

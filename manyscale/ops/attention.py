@@ -9,20 +9,9 @@ from torch import Tensor
 
 from manyscale.config.memory import AttentionPath as Path
 from manyscale.ops.sequential import sequential
+from manyscale.ops.unit import unit
 
 BUDGET = 64 * 2**20
-
-
-def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
-    """`x` at `length` along its last axis, in float32 or wider. A zero vector stays zero, and so does its gradient.
-
-    A padded token is one. In float16 the peers' epsilon of 1e-12 is zero, which makes it 0 / 0; and a larger epsilon
-    still makes its gradient, 1 / epsilon, infinite. One product with the small tensor of factors: dividing, as the peers
-    do, costs twice the passes over `x` in the backward pass.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    found = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (length / found.masked_fill(found < 1e-6, torch.inf))
 
 
 def attend(
@@ -32,17 +21,19 @@ def attend(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     dropout: float = 0.0,
     path: Path = "auto",
     budget: int = BUDGET,
 ) -> Tensor:
-    """softmax(q k^T + bias, masked) v in every window.
+    """softmax(logits + bias, masked) v in every window.
 
     Args:
-        q, k, v: (B, W, H, N, d); q carries the scale of the logits, and without a mask may have other tokens than k and v.
+        q, k, v: (B, W, H, N, d); without a mask q may have other tokens than k and v.
         bias: (H, N, N), added to the logits, or (W, H, N, N) with the mask laid into it (`folded`); None: none, and then no mask either.
         mask: (W, N, N) bool, True where the row may attend the column; at least one True a row. Masked logits are -inf:
             the official -100 can be outbid by cosine logits that span up to 216.
+        scale: (H, 1, 1) float32 or wider: logits are scale cos(q, k); None: they are q k / sqrt(d).
         dropout: probability of dropping an attention weight.
         path: `reference` is plain; `fused` is torch's scaled_dot_product_attention; `sequential` works on one chunk after another,
             in either pass; `auto` is fused where the bias needs no gradient (with one, the fused kernels refuse or store its full
@@ -58,14 +49,16 @@ def attend(
     if path == "sequential":
         if dropout:
             raise ValueError("field `attention`: sequential keeps no attention weights that it could drop; give dropout 0 or another path")
-        return sequential(q.to(v.dtype), k.to(v.dtype), v, bias, mask, budget)
+        return sequential(q, k, v, bias, mask, scale, budget)
     if path == "auto":
         path = "reference" if bias is not None and bias.requires_grad and torch.is_grad_enabled() else "fused"
-    return {"reference": _reference, "fused": _fused}[path](q, k, v, bias, mask, dropout)
+    if scale is not None:
+        q, k = unit(q, scale).to(v.dtype), unit(k).to(v.dtype)
+    return {"reference": _reference, "fused": _fused}[path](q, k, v, bias, mask, scale is not None, dropout)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float) -> Tensor:
-    logits = q @ k.transpose(-2, -1)  # (B, W, H, N, N)
+def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scaled: bool, dropout: float) -> Tensor:
+    logits = (q if scaled else q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, W, H, N, N)
     if bias is not None:
         logits = logits + bias
     if mask is not None:
@@ -74,18 +67,17 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tenso
     return F.dropout(weights, dropout) @ v
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: float) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scaled: bool, dropout: float) -> Tensor:
     batch, windows, heads = q.shape[:3]
-    q, k, bias = q.to(v.dtype), k.to(v.dtype), None if bias is None else bias.to(v.dtype)
-    if mask is not None and bias is not None:
-        bias = folded(bias, mask)
+    if bias is not None:
+        bias = (bias if mask is None else folded(bias, mask)).to(v.dtype)
     if bias is None or bias.dim() == 3:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B·W, H, N, d)
         bias = None if bias is None else bias[None]
     else:  # windows fold into heads, so that the mask is one copy for the whole batch
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, W·H, N, d)
         bias = bias.flatten(0, 1)[None]  # (1, W·H, N, N)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0 if scaled else None)
     return out.reshape(batch, windows, heads, *out.shape[-2:])
 
 
@@ -95,6 +87,6 @@ def folded(bias: Tensor, mask: Tensor) -> Tensor:
 
 
 def first_row(q: Tensor, k: Tensor) -> Tensor:
-    """The first row of softmax(q k^T), without the others: q, k (B, W, H, N, d) -> (B, W, H, N), float32 or wider."""
-    logits = (q[..., :1, :] @ k.transpose(-2, -1)).squeeze(-2)  # (B, W, H, N)
+    """The first row of softmax(q k / sqrt(d)), without the others: q, k (B, W, H, N, d) -> (B, W, H, N), float32 or wider."""
+    logits = ((q[..., :1, :] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).squeeze(-2)  # (B, W, H, N)
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

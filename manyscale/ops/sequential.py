@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manyscale.ops.unit import unit, unit_gradient
+
 LIVE = 4  # tensors of a chunk's logits alive at once in the backward pass: weights, their gradient, and a copy of each in another type
 
 
@@ -45,21 +47,24 @@ def chunk_of(shape: torch.Size, keys: int, itemsize: int, budget: int) -> Chunk:
     return Chunk(fit, 1, rows) if fit < batch else Chunk(batch, min(fit // batch, windows), rows)
 
 
-def sequential(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, budget: int) -> Tensor:
-    """As `ops.attention.attend`, with at most `budget` bytes of logits at a time.
+def sequential(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None, budget: int) -> Tensor:
+    """As `ops.attention.attend`, with at most `budget` bytes of logits at a time. Vectors at length one are not kept either.
 
     Raises:
         ValueError: as `chunk_of`.
     """
-    return _forward(q, k, v, bias, mask, budget)[0]
+    return _forward(q, k, v, bias, mask, scale, budget)[0]
 
 
 @torch.library.custom_op("manyscale::sequential_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, budget: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None, budget: int
+) -> tuple[Tensor, Tensor]:
     """The result (B, W, H, N, d), and the logarithm of every row's denominator (B, W, H, N)."""
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
     sums = torch.empty(q.shape[:-1], dtype=_wide(q), device=q.device)
     with torch.autocast(q.device.type, enabled=False):  # types are chosen here
+        q, k = _ready(q, k, scale)
         for here, rows, logits in _logits(q, k, bias, mask, budget):
             total = logits.logsumexp(dim=-1, keepdim=True)
             sums[*here, :, rows] = total.squeeze(-1)
@@ -69,12 +74,22 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor 
 
 @torch.library.custom_op("manyscale::sequential_attention_backward", mutates_args=())
 def _backward(
-    grad: Tensor, out: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, budget: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, and of the bias (empty without one)."""
-    wide = _wide(q)
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    budget: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, and of bias and scale (empty without one)."""
+    wide, raw = _wide(q), (q, k)
+    q, k = _ready(q, k, scale)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (k, v))
+    grad_k, grad_v = (torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in (k, v))  # sums over chunks of rows
     grad_bias = torch.zeros_like(bias, dtype=wide, memory_format=torch.contiguous_format) if bias is not None else q.new_empty(0)
     inner = (grad.to(wide) * out).sum(dim=-1, keepdim=True)  # (B, W, H, N, 1): what softmax's gradient takes off each row
     for here, rows, logits in _logits(q, k, bias, mask, budget):
@@ -87,7 +102,12 @@ def _backward(
         grad_logits = grad_logits.to(q.dtype)
         grad_q[*here, :, rows] = grad_logits @ k[here]
         grad_k[here] += grad_logits.mT @ q[*here, :, rows]
-    return grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype)
+    grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
+    if scale is None:
+        return grad_q.mul_(q.shape[-1] ** -0.5), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias, q.new_empty(0)
+    grad_q, along = unit_gradient(raw[0], grad_q, scale)
+    grad_k, _ = unit_gradient(raw[1], grad_k)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias, along.sum(dim=(0, 1, 3)).view_as(scale)
 
 
 def _logits(
@@ -107,6 +127,13 @@ def _logits(
                 yield here, rows, logits if added is None else logits.add_(added)
 
 
+def _ready(q: Tensor, k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and k whose products are the logits."""
+    if scale is None:
+        return q * q.shape[-1] ** -0.5, k
+    return unit(q, scale).to(q.dtype), unit(k).to(k.dtype)
+
+
 def _slices(whole: int, part: int) -> list[slice]:
     return [slice(start, start + part) for start in range(0, whole, part)]
 
@@ -116,15 +143,27 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, budget: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None, budget: int
+) -> tuple[Tensor, Tensor]:
     return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_wide(q))
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, out: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, budget: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    budget: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = [t.new_empty(t.shape) for t in (q, k, v)]
+    return *found, *(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, scale))
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -133,9 +172,10 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    out, sums, q, k, v, bias, mask = ctx.saved_tensors
-    *grads, grad_bias = _backward(grad, out, sums, q, k, v, bias, mask, ctx.budget)
-    return *grads, None if bias is None else grad_bias, None, None
+    out, sums, *inputs = ctx.saved_tensors
+    *grads, grad_bias, grad_scale = _backward(grad, out, sums, *inputs, ctx.budget)
+    *_, bias, _, scale = inputs
+    return *grads, None if bias is None else grad_bias, None, None if scale is None else grad_scale, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

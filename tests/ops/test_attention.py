@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyscale.ops.attention import attend, unit
+from manyscale.ops.attention import attend
 from manyscale.ops.sequential import LIVE, chunk_of
+from manyscale.ops.unit import unit, unit_gradient
 from manyscale.ops.windows import layout
 
 pytestmark = pytest.mark.attention
@@ -27,9 +28,18 @@ def inputs(cut, dtype=torch.float64, batch=2, heads=3, width=5):
     return q, k, v, torch.randn(heads, tokens, tokens, dtype=dtype)
 
 
-def slowly(q, k, v, bias, mask):
+def rates(heads=3, dtype=torch.float64):
+    """One for each head, (H, 1, 1)."""
+    return torch.linspace(0.5, 20, heads, dtype=dtype)[:, None, None]
+
+
+def slowly(q, k, v, bias, mask, scale=None):
     """The definition, one row at a time."""
     out = torch.zeros_like(v)
+    if scale is None:
+        q = q / q.shape[-1] ** 0.5
+    else:
+        q, k = scale * q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
     batch, windows, heads, tokens, _ = q.shape
     for b, w, h, n in torch.cartesian_prod(*map(torch.arange, (batch, windows, heads, tokens))).tolist():
         seen = mask[w, n] if mask is not None else torch.ones(tokens, dtype=torch.bool)
@@ -40,48 +50,60 @@ def slowly(q, k, v, bias, mask):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("scale", [None, rates()], ids=["dot", "cosine"])
 @pytest.mark.parametrize("case", CUTS.values(), ids=CUTS.keys())
-def test_every_path_is_the_definition(case, shifted, path):
+def test_every_path_is_the_definition(case, scale, shifted, path):
     cut = layout(*case, shifted=shifted, mask_padding=True)
     tensors = inputs(cut)
-    torch.testing.assert_close(attend(*tensors, cut.mask, path=path), slowly(*tensors, cut.mask))
+    found = attend(*tensors, cut.mask, scale=scale, path=path)
+    torch.testing.assert_close(found, slowly(*tensors, cut.mask, scale), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("case", CUTS.values(), ids=CUTS.keys())
-def test_paths_have_the_same_gradients(case):
+def test_paths_have_the_same_gradients(case, cosine):
     cut = layout(*case, shifted=True, mask_padding=True)
     tensors = [t.requires_grad_() for t in inputs(cut)]
-    weights = torch.randn_like(tensors[2])
-    reference, *others = (torch.autograd.grad((attend(*tensors, cut.mask, path=path) * weights).sum(), tensors) for path in PATHS)
+    weights, scale = torch.randn_like(tensors[2]), rates().requires_grad_() if cosine else None
+    wanted = [*tensors, scale] if cosine else tensors
+    reference, *others = (
+        torch.autograd.grad((attend(*tensors, cut.mask, scale=scale, path=path) * weights).sum(), wanted) for path in PATHS
+    )
     for other in others:
         for a, b in zip(reference, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scale", [None, rates(4, torch.float32)], ids=["dot", "cosine"])
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 0.02), (torch.float16, 0.0025)])
-def test_half_precision(dtype, largest, path):
+def test_half_precision(dtype, largest, scale, path):
     """Error of the result over its size: within 2 % in bfloat16 and 0.25 % in float16."""
     torch.manual_seed(0)
     cut = layout((8, 16), (8, 8), shifted=True, mask_padding=True)
     q, k, v, bias = inputs(cut, dtype, heads=4, width=32)
-    q = q / 32**0.5
-    exact = attend(q.double(), k.double(), v.double(), bias.double(), cut.mask, path="reference")
-    result = attend(q, k, v, bias, cut.mask, path=path)
-    assert result.dtype == dtype
-    assert (result.double() - exact).norm() / exact.norm() < largest
+    found = []
+    for way, to in (("reference", torch.float64), (path, dtype)):
+        tensors = [t.to(to).requires_grad_() for t in (q, k, v, bias)]
+        exact = scale if scale is None else scale.to(torch.promote_types(to, torch.float32))
+        out = attend(*tensors, cut.mask, scale=exact, path=way)
+        assert out.dtype == to
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        found.append((out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)))
+    for exact, near in zip(*found, strict=True):
+        assert (near.double() - exact).norm() / exact.norm() < largest
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_masked_token_cannot_outbid(dtype, path):
     """Temperature 0.01 and a bias of 16: logits -100 and 116. The official mask of -100 would let the masked one win."""
-    q = torch.tensor([[100.0, 0], [100.0, 0]], dtype=dtype)[None, None, None]
+    q = torch.tensor([[142.0, 0], [142.0, 0]], dtype=dtype)[None, None, None]
     k = torch.tensor([[-1.0, 0], [1.0, 0]], dtype=dtype)[None, None, None]  # a row's own token is its opposite
     v = torch.tensor([[1.0, 0], [0, 1.0]], dtype=dtype)[None, None, None]
     bias = torch.tensor([[[0, 16.0], [0, 16.0]]], dtype=dtype)
     mask = torch.tensor([[[True, False], [True, True]]])
-    logits = (q @ k.mT + bias)[0, 0, 0]
+    logits = (q @ k.mT / 2**0.5 + bias)[0, 0, 0]
     assert logits[0, 1] - logits[0, 0] > 200
     assert (logits + torch.tensor([[0, -100.0], [0, 0]], dtype=dtype)).argmax(dim=-1).tolist() == [1, 1]
     result = attend(q, k, v, bias, mask, path=path)[0, 0, 0]
@@ -100,11 +122,12 @@ def test_what_is_masked_has_no_gradient(path):
     assert not grad[1].any() and not grad[0, :-1].any()
 
 
+@pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("path", PATHS)
-def test_gradients_of_attend(path):
+def test_gradients_of_attend(path, cosine):
     cut = layout((3, 4), (2, 2), shifted=True, mask_padding=True)
-    tensors = [t.requires_grad_() for t in inputs(cut, batch=1, heads=2, width=2)]
-    assert torch.autograd.gradcheck(lambda *t: attend(*t, cut.mask, path=path), tensors)
+    tensors = [t.requires_grad_() for t in (*inputs(cut, batch=1, heads=2, width=2), *([rates(2)] if cosine else []))]
+    assert torch.autograd.gradcheck(lambda q, k, v, bias, scale=None: attend(q, k, v, bias, cut.mask, scale=scale, path=path), tensors)
 
 
 def test_dropout_drops_attention_weights():
@@ -182,7 +205,9 @@ def test_chunks_are_one_node_of_a_graph():
     """torch's own check of schema, fake tensors and autograd; no graph breaks when compiled; torch.export takes it."""
     cut = layout((4, 8), (4, 4), shifted=True, mask_padding=True)
     tensors = [t.requires_grad_() for t in inputs(cut, torch.float32)]
-    torch.library.opcheck(torch.ops.manyscale.sequential_attention.default, (*tensors, cut.mask, 10_000))
+    torch.library.opcheck(
+        torch.ops.manyscale.sequential_attention.default, (*tensors, cut.mask, rates(dtype=torch.float32).requires_grad_(), 10_000)
+    )
 
     def attended(*tensors):
         return attend(*tensors, cut.mask, path="sequential", budget=10_000)
@@ -241,4 +266,10 @@ def test_unit_is_finite_in_half_precision(dtype, size):
 
 
 def test_gradients_of_unit():
-    assert torch.autograd.gradcheck(unit, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+    x, length = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.rand(3, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit, (x, length))
+    grad = torch.randn(3, 4, dtype=torch.float64)
+    for found, expected in zip(unit_gradient(x, grad, length), torch.autograd.grad(unit(x, length), (x, length), grad), strict=True):
+        torch.testing.assert_close(found, expected)
+    found, along = unit_gradient(torch.zeros(2, 3), torch.ones(2, 3), 5.0)
+    assert not found.any() and not along.any()
