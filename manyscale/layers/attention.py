@@ -56,7 +56,7 @@ class WindowAttention(nn.Module):
         path, budget = self.attention_path, self.attention_budget
         out = attend(q, k, v, added, mask, scale=scale, dropout=dropout, path=path, budget=budget)
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
-        return self.proj_drop(self.proj(leave(out, layout)))
+        return self.proj_drop(leave(self.proj(out), layout))  # in this order what attention keeps is what the projection keeps
 
     def _added(self, layout: Layout, index: Tensor, coordinates: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """The position bias (H, N, N), and the mask.

@@ -61,7 +61,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None, budget: int
 ) -> tuple[Tensor, Tensor]:
     """The result (B, W, H, N, d), and the logarithm of every row's denominator (B, W, H, N)."""
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
+    out = _by_token(q, v)
     sums = torch.empty(q.shape[:-1], dtype=_wide(q), device=q.device)
     with torch.autocast(q.device.type, enabled=False):  # types are chosen here
         q, k = _ready(q, k, scale)
@@ -134,6 +134,12 @@ def _ready(q: Tensor, k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return unit(q, scale).to(q.dtype), unit(k).to(k.dtype)
 
 
+def _by_token(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the result (B, W, H, N, d), the heads of a token side by side: as the projection behind attention reads it, uncopied."""
+    batch, windows, heads, rows, _ = q.shape
+    return v.new_empty(batch, windows, rows, heads, v.shape[-1]).transpose(2, 3)
+
+
 def _slices(whole: int, part: int) -> list[slice]:
     return [slice(start, start + part) for start in range(0, whole, part)]
 
@@ -146,7 +152,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None, budget: int
 ) -> tuple[Tensor, Tensor]:
-    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_wide(q))
+    return _by_token(q, v), q.new_empty(q.shape[:-1], dtype=_wide(q))
 
 
 @_backward.register_fake
