@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import manyscale
+from manyscale.cli.benching import bench
 from manyscale.cli.learning import demo, study, train
 from manyscale.cli.parsing import leave
 from manyscale.cli.planning import doctor, models, plan
@@ -66,6 +67,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "transfer": transfer,
     "convert": convert,
     "plan": plan,
+    "bench": bench,
     "models": models,
     "doctor": doctor,
 }

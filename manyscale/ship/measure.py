@@ -69,8 +69,11 @@ def measure(
                 spent, _ = time_call(partial(calls[setting], images[size_of(model.config, setting)]), device)
                 if number >= WARM_UP:
                     seconds[setting].append(spent)
-        peaks = {setting: _peak(calls[setting], images[size_of(model.config, setting)], compiled) for setting in settings}
-    return {setting: Timing(*np.quantile(seconds[setting], [0.5, 0.95]).tolist(), peaks[setting]) for setting in settings}
+        most = {
+            setting: peak(partial(calls[setting], images[size_of(model.config, setting)]), device, traced=not compiled)
+            for setting in settings
+        }
+    return {setting: Timing(*np.quantile(seconds[setting], [0.5, 0.95]).tolist(), most[setting]) for setting in settings}
 
 
 def size_of(config: NetConfig, setting: Setting) -> tuple[int, int]:
@@ -98,20 +101,24 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _peak(call: Callable[[Tensor], Tensor], images: Tensor, compiled: bool) -> int | None:
-    """The most bytes that one forward pass has at once, besides what is there before it."""
-    if images.device.type != "cpu":
-        _wait(images.device)
-        before = torch.accelerator.memory_allocated(images.device)
-        torch.accelerator.reset_peak_memory_stats(images.device)
-        call(images)
-        _wait(images.device)
-        most = torch.accelerator.max_memory_allocated(images.device)
+def peak(call: Callable[[], Any], device: torch.device, *, traced: bool = False) -> int | None:
+    """The most bytes that a call has at once, besides what is there before it; None where nobody counts them.
+
+    Args:
+        traced: whether, on the CPU, its operations are watched (`Allocations`): of an eager forward pass.
+    """
+    if device.type != "cpu":
+        _wait(device)
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        call()
+        _wait(device)
+        most = torch.accelerator.max_memory_allocated(device)
         return most - before if most else None  # 0: the device keeps no account
-    if compiled:
+    if not traced:
         return None
     with Allocations() as held:
-        call(images)
+        call()
     return held.peak
 
 
