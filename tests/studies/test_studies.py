@@ -64,6 +64,7 @@ def quickly(monkeypatch, tmp_path):
     monkeypatch.setattr("manyscale.studies.amplitudes.PRESETS", {"V1": ("swin_tiny",), "V2": ("swinv2_tiny", "swinv2_giant")})
     monkeypatch.setattr("manyscale.studies.amplitudes._free_memory", lambda: 2**30)
     monkeypatch.setattr("manyscale.studies.bias_maps.QUICK", ((32, 4), (64, 8)))
+    monkeypatch.setattr("manyscale.studies.simmim.QUICK", simmim.FULL)  # so that there is a better one
 
     def tiny_vit(terms, sets, size, **options):
         run = vit(terms, sets, size, **options)
