@@ -21,9 +21,9 @@ LENGTHS = ("20k-images", "60k-images", "200k-images", "600k-images")
 # What each size is trained for, at most: compute is spent where a frontier may be.
 FULL = {"w32": LENGTHS, "w64": LENGTHS, "w128": LENGTHS[:3], "w192": LENGTHS[:3]}
 QUICK = {
-    "w32": ("5k-images", "12k-images", "30k-images"),
-    "w64": ("5k-images", "12k-images", "30k-images"),
-    "w128": ("5k-images", "12k-images"),
+    "w32": ("4k-images", "10k-images", "24k-images"),
+    "w64": ("4k-images", "10k-images", "24k-images"),
+    "w128": ("4k-images", "10k-images"),
 }
 RESAMPLED = 200
 PAPER = """10-shot ImageNet error of the frontier: 0.12 + 0.63 (C + 0.52)^-0.32, fine-tuned 0.09 + 0.26 (C + 0.01)^-0.35, C in TPUv3

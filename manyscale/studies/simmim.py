@@ -19,7 +19,7 @@ fine-tuned at 224 px."""
 
 def study(terms: Terms) -> dict:
     """Pre-train on all pictures without labels, then learn from few labels, and from scratch beside it."""
-    base = small(terms, pictures=3_000, shown=9_000) if terms.quick else small(terms, pictures=20_000, shown=160_000)
+    base = small(terms, pictures=2_000, shown=6_000) if terms.quick else small(terms, pictures=20_000, shown=160_000)
     seeds, rates = range(terms.seeds), QUICK if terms.quick else FULL
     counts = {share: len(open_splits(replace(base.input, cache=False, share=base.input.share * share), 0).train) for share in SHARES}
     terms.console.print("pre-train without labels")
