@@ -1,14 +1,15 @@
 """Verbs that answer before you pay: plan, models, doctor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from manyscale.cli.costing import cost
 from manyscale.cli.parsing import parse, plain_table, show
-from manyscale.config import Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, nearest
+from manyscale.config import Memory, NetConfig, Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, nearest, read_bytes
+from manyscale.config.memory import AttentionPath
 from manyscale.presets import list_models, model_config
 from manyscale.storage import write_json
 
@@ -117,33 +118,108 @@ def _laws(
         print(f"\nwrote {out}/laws.json and laws.png")
 
 
-def _memory(model: Positional[str], classes: int | None = None, ema: bool = False) -> None:
-    """Weights, gradients and optimiser state of training, by optimiser.
+def _memory(
+    model: Positional[str],
+    image_size: Size | None = None,
+    window: Windows | None = None,
+    classes: int | None = None,
+    batch: int = 1,
+    precision: Literal["bfloat16", "float32"] = "bfloat16",
+    method: Literal["adamw", "adafactor", "sgd"] = "adamw",
+    momentum: Literal["float32", "bfloat16"] = "float32",
+    ema: bool = False,
+    attention: AttentionPath = "auto",
+    sequential: int | None = None,
+    gpus: int = 1,
+    gpus_per_node: int = 8,
+    gpu_memory: str = "",
+) -> None:
+    """What a training step takes of a GPU: by optimiser, by what is computed again, and over several GPUs by how the net is sharded.
 
     Args:
         model: a preset, a pattern, or a paper's name, as of `plan count`.
-        classes: of the head, where not the preset's.
+        image_size: pixels, where not the preset's; of a SuperViT one of its sizes.
+        window: tokens, where not the preset's.
+        classes: of the head, likewise.
+        batch: images of each GPU.
+        precision: of the activations; bfloat16 is autocast, with weights in float32.
+        method: the optimiser of the step.
+        momentum: how it is kept.
         ema: a moving average of the weights too.
+        attention: the path of it; auto: the one that training takes.
+        sequential: of a Swin, how many first stages attend in chunks, in the rows that do; by default 2, as in the paper.
+        gpus: over which the net is trained.
+        gpus_per_node: over which HSDP shards it.
+        gpu_memory: of each, such as 40GB: what fits, the cheapest of that, and the largest batch.
     """
+    from manyscale.plan import memory as planned
+
+    limit = int(_bytes("gpu_memory", gpu_memory) * (1 - planned.FREE)) if gpu_memory else 0
+    fields = {key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None}
+    unmet = []
+    for name in list_models(model) or [model]:
+        several = isinstance(model_config(name), SuperViTConfig)
+        config = model_config(name, **{key: value for key, value in fields.items() if not several or key != "image_size"})
+        states = planned.memory(config, method, half=momentum == "bfloat16", ema=ema)
+        job = planned.Job(config=config, states=states, precision=precision, batch=batch, size=image_size if several else None)
+        stages = sequential
+        if stages is None:
+            stages = min(2, len(config.depths)) if isinstance(config, SwinConfig) and attention == "auto" else 0
+        leans = planned.leans(Memory(attention=attention), stages)
+        shardings = planned.shardings(gpus, gpus_per_node)
+        if not limit and gpus == 1:
+            _show_optimisers(name, config, ema)
+        _show_steps(name, job, leans, shardings, limit)
+        if limit:
+            try:
+                print("\n".join(planned.advise(job, leans, shardings, limit)) + "\n")
+            except ValueError as error:
+                unmet.append(f"{name}: {error}")
+    if unmet:
+        raise ValueError("\n".join(unmet))
+
+
+def _bytes(field: str, text: str) -> int:
+    try:
+        return read_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"field `{field}`: {error}") from None
+
+
+def _show_optimisers(name: str, config: NetConfig, ema: bool) -> None:
     from manyscale.plan.memory import METHODS, memory
 
-    for name in list_models(model) or [model]:
-        config = model_config(name, **({} if classes is None else {"classes": classes}))
-        rows = []
-        for method, half in METHODS:
-            found = memory(config, method, half=half, ema=ema)
-            sizes = (found.weights, found.gradients, found.optimiser, found.total)
-            rows.append(
-                (method, "bfloat16" if half else "float32", *(f"{size / 2**30:.2f}" for size in sizes), f"{found.per_parameter:.2f}")
-            )
-        header = ("method", "momentum", "weights", "gradients", "optimiser", "total GiB", "optimiser bytes / parameter")
-        show(plain_table(header, rows, right=2, title=f"{name}: {found.parameters:,} parameters"))
-    print("activations come on top, with batch and image size")
+    rows = []
+    for method, half in METHODS:
+        found = memory(config, method, half=half, ema=ema)
+        sizes = (found.weights, found.gradients, found.optimiser, found.total)
+        rows.append((method, "bfloat16" if half else "float32", *(f"{size / 2**30:.2f}" for size in sizes), f"{found.per_parameter:.2f}"))
+    header = ("method", "momentum", "weights", "gradients", "optimiser", "total GiB", "optimiser bytes / parameter")
+    show(plain_table(header, rows, right=2, title=f"{name}: {found.parameters:,} parameters"))
+
+
+def _show_steps(name: str, job: Any, leans: dict[str, Memory], shardings: Sequence[Any], limit: int) -> None:
+    """A row for each way to keep less, a column for each sharding; where a limit is given, a star where it fits."""
+    from manyscale.plan.activations import walk
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.2f}"
+
+    rows = [("weights, gradients, optimiser", "", "", *(gib(how.states(job.states)) for how in shardings))]
+    for lean, memory in leans.items():
+        kept, *peaks = walk(job.parts(memory))
+        sizes = [job.takes(memory, how) for how in shardings]
+        rows.append((lean, gib(kept), gib(max(peaks)), *("*" * (0 < size <= limit) + gib(size) for size in sizes)))
+    window = f"/{job.config.window}" if isinstance(job.config, SwinConfig) else ""
+    title = f"{name} at {job.size or job.config.image_size}{window}, batch {job.batch}, {job.precision}: GiB of a GPU"
+    show(plain_table(("kept less by", "kept", "activations", *(how.name for how in shardings)), rows, right=1, title=title))
+    print("kept: what the forward pass leaves for the backward pass; activations: the most alive of a step; then all of a GPU's, with\n"
+          "weights, their copies in bfloat16, gradients and the optimiser" + "; * fits, with a tenth left free" * (limit > 0))  # fmt: skip
 
 
 PLANS: dict[str, tuple[Callable[..., None], str]] = {
     "count": (_count, "MODEL [--image-size ...] [--window ...] [--classes ...] [--setting ...]"),
-    "memory": (_memory, "MODEL [--classes ...] [--ema]"),
+    "memory": (_memory, "MODEL [--image-size ...] [--window ...] [--batch ...] [--gpus 64] [--gpu-memory 40GB] [--ema]"),
     "cost": (cost, "RUN [--batch ...] [--latency 20ms | --gflops 2 | --throughput 500 | --accuracy 0.75] [--cascade]"),
     "laws": (_laws, "FILE|RUN ... [--metric ...] [--budget ...] [--out ...]"),
 }
