@@ -183,8 +183,8 @@ def _stage(config: SwinConfig, stage: int) -> Row:
     learnt += 2 * NORMS[config.norm] * 2 * width
     learnt += offsets * heads if config.bias == "table" else BIAS_HIDDEN * (config.axes + 1 + heads)
 
-    # q, k and v of padded tokens are computed, their projection is not: they have left by then.
-    linear = padded * 3 * width**2 + tokens * (width**2 + 2 * width * hidden)
+    # Padded tokens are projected too (they leave after that); the MLP does not see them.
+    linear = padded * 4 * width**2 + tokens * 2 * width * hidden
     attention = 2 * padded * prod(window) * width
     bias = 0 if config.bias == "table" else offsets * BIAS_HIDDEN * (config.axes + heads)
 
