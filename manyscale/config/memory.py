@@ -6,7 +6,7 @@ from typing import Literal
 
 from manyscale.config.checks import require
 
-AttentionPath = Literal["auto", "reference", "fused", "sequential"]
+AttentionPath = Literal["auto", "reference", "fused", "sequential", "kernel"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _FORM = re.compile(r"(\d+\.?\d*|\.\d+)\s*([kmgt]i?|)b?", re.IGNORECASE)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manyscale.layers.kept import Kept, can_keep
 from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded
+from manyscale.ops.kernel import Tables, windowed
 from manyscale.ops.windows import Layout, enter, leave
 
 FOLDED = 128 * 2**20  # bytes of a block's bias with its mask, at most, to be kept
@@ -43,39 +44,52 @@ class WindowAttention(nn.Module):
             nn.init.zeros_(self.v_bias)
             nn.init.constant_(self.logit_scale, math.log(10))
 
-    def forward(self, x: Tensor, layout: Layout, index: Tensor, coordinates: Tensor | None) -> Tensor:
-        """(B, *grid, C) -> (B, *grid, C); `layout` says how the grid is cut, the rest what the position bias reads."""
+    def forward(self, x: Tensor, layout: Layout, index: Tensor, coordinates: Tensor | None, tables: Tables | None = None) -> Tensor:
+        """(B, *grid, C) -> (B, *grid, C)
+
+        Args:
+            layout: how the grid is cut.
+            index, coordinates: what the position bias reads.
+            tables: the layout as the kernels read it, for that path.
+        """
         bias = self.qkv.bias if self.similarity == "dot" else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
         scale = None
         if self.similarity == "cosine":  # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding
             scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).clamp(max=math.log(100)).exp()
         dropout = self.dropout if self.training else 0.0
+        if tables is not None:
+            if dropout:
+                raise ValueError("field `attention`: kernel keeps no attention weights that it could drop; give dropout 0 or another path")
+            qkv = F.linear(x, self.qkv.weight, bias).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, d)
+            added, _ = self._added(layout, index, coordinates, qkv)
+            out = windowed(qkv, tables, added, scale)  # (B, T, H, d)
+            return self.proj_drop(self.proj(out.flatten(-2).unflatten(1, layout.grid)))
+        qkv = F.linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
         added, mask = self._added(layout, index, coordinates, v)
         path, budget = self.attention_path, self.attention_budget
         out = attend(q, k, v, added, mask, scale=scale, dropout=dropout, path=path, budget=budget)
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
         return self.proj_drop(leave(self.proj(out), layout))  # in this order what attention keeps is what the projection keeps
 
-    def _added(self, layout: Layout, index: Tensor, coordinates: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _added(self, layout: Layout, index: Tensor, coordinates: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The position bias (H, N, N), and the mask.
 
-        In evaluation the bias is computed once for each layout (the paper's "pre-computed and stored", section 3.3), in the type of `v`
+        In evaluation the bias is computed once for each layout (the paper's "pre-computed and stored", section 3.3), in the type of `like`
         and with the mask laid into it where that is small enough to keep.
         """
         parameters = tuple(self.bias.parameters())
-        if self.training or torch.is_grad_enabled() or not can_keep(v, parameters):
+        if self.training or torch.is_grad_enabled() or not can_keep(like, parameters):
             return self.bias(index, coordinates), layout.mask
 
         def made() -> tuple[Tensor, Tensor | None]:
-            bias = self.bias(index, coordinates).to(v.dtype).contiguous()
+            bias = self.bias(index, coordinates).to(like.dtype).contiguous()
             windows = 0 if layout.mask is None else len(layout.mask)
-            if not windows or self.attention_path == "sequential" or windows * bias.numel() * bias.itemsize > FOLDED:
+            if not windows or self.attention_path in ("sequential", "kernel") or windows * bias.numel() * bias.itemsize > FOLDED:
                 return bias, layout.mask
             return folded(bias, layout.mask), None
 
-        key = (layout[:-1], v.dtype, v.device, torch.is_autocast_enabled(v.device.type), self.attention_path)
+        key = (layout[:-1], like.dtype, like.device, torch.is_autocast_enabled(like.device.type), self.attention_path)
         return self.kept.get(key, made, parameters)
 
     def train(self, mode: bool = True) -> Self:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from manyscale.layers.attention import WindowAttention
 from manyscale.ops.attention import BUDGET, Path
 
 
@@ -13,7 +14,7 @@ def set_attention(model: nn.Module, path: Path, *, stages: int | None = None, bu
         budget: bytes that the logits of a chunk may take, of the sequential path.
 
     Raises:
-        ValueError: more stages than there are, or a net without stages.
+        ValueError: more stages than there are, or a net without stages; the kernels for a net without windows.
     """
     parts: list[nn.Module] = [model]
     if stages is not None:
@@ -22,6 +23,8 @@ def set_attention(model: nn.Module, path: Path, *, stages: int | None = None, bu
         if not 0 <= stages <= len(found):
             raise ValueError(f"field `sequential`: {stages} stages, but {type(encoder).__name__} has {len(found)}; --attention sets all")
         parts = found[:stages]
+    if path == "kernel" and not any(isinstance(module, WindowAttention) for module in model.modules()):
+        raise ValueError(f"field `attention`: kernel is attention inside windows, which {type(model).__name__} has none of; give fused")
     for part in parts:
         for module in part.modules():
             if hasattr(module, "attention_path"):

@@ -18,7 +18,9 @@ from manyscale.layers.kept import Kept, can_keep
 from manyscale.layers.patch import MaskToken, PatchEmbed, PatchMerge
 from manyscale.layers.position_bias import ContinuousBias, TableBias
 from manyscale.models.features import Features
+from manyscale.ops.attention import Path
 from manyscale.ops.images import resized
+from manyscale.ops.kernel import Tables, tables
 from manyscale.ops.positions import relative_coordinates, relative_index
 from manyscale.ops.windows import Layout, layout
 
@@ -32,6 +34,7 @@ class Stage(nn.Module):
         self.window, self.pretrained = config.windows[stage], config.pretrained_windows[stage]
         self.spacing = {"table": None, "linear-cpb": "linear", "log-cpb": "log"}[config.bias]
         self.mask_padding = config.padding == "mask"
+        self.attention_path: Path = "auto"  # of its blocks; the kernels read tables, which are made here, once for all
         self.kept = Kept()
         self.blocks = nn.ModuleList()
         for i in range(config.depths[stage]):
@@ -54,17 +57,22 @@ class Stage(nn.Module):
         """(B, *grid, C) -> (B, *grid, C), before the merging; `window`: another than the one the stage was built with."""
         grid, window = tuple(x.shape[1:-1]), window or self.window
         made = partial(self._places, grid, window, x.device)
-        plain, shifted, *places = self.kept.get((grid, window, x.device), made) if can_keep(x) else made()
+        layouts, *places, cuts = self.kept.get((grid, window, x.device, self.attention_path), made) if can_keep(x) else made()
         for i, block in enumerate(self.blocks):
-            x = block(x, shifted if i % 2 else plain, *places)
+            x = block(x, layouts[i % 2], *places, cuts[i % 2])
         return x
 
-    def _places(self, grid: tuple[int, ...], window: tuple[int, ...], device: torch.device) -> tuple[Layout, Layout, Tensor, Tensor | None]:
-        """What depends on the grid alone, for all blocks: both layouts, and what a position bias reads."""
-        plain, shifted = (layout(grid, window, shifted=s, mask_padding=self.mask_padding, device=device) for s in (False, True))
+    def _places(
+        self, grid: tuple[int, ...], window: tuple[int, ...], device: torch.device
+    ) -> tuple[tuple[Layout, ...], Tensor, Tensor | None, tuple[Tables | None, ...]]:
+        """What depends on the grid alone, for all blocks: both layouts, what a position bias reads, and for the kernels tables."""
+        kernel = self.attention_path == "kernel"
+        made = partial(layout, grid, window, mask_padding=self.mask_padding, masked=not kernel, device=device)
+        layouts = plain, _ = made(shifted=False), made(shifted=True)
+        cuts = tuple(tables(each, mask_padding=self.mask_padding, device=device) if kernel else None for each in layouts)
         index = relative_index(plain.window, plain.window if self.spacing else self.window, device)
         coordinates = relative_coordinates(plain.window, self.pretrained, self.spacing, device) if self.spacing else None
-        return plain, shifted, index, coordinates
+        return layouts, index, coordinates, cuts
 
 
 class Swin(nn.Module):

@@ -37,7 +37,7 @@ def attend(
         dropout: probability of dropping an attention weight.
         path: `reference` is plain; `fused` is torch's scaled_dot_product_attention; `sequential` works on one chunk after another,
             in either pass; `auto` is fused where the bias needs no gradient (with one, the fused kernels refuse or store its full
-            size: pytorch#145208).
+            size: pytorch#145208). The path `kernel` starts from tokens of a grid: `ops.kernel.windowed`.
         budget: bytes that the logits of a chunk may take, of the sequential path.
 
     Returns:

@@ -9,18 +9,15 @@ program has many whole ones, of one head, with the bias in its registers; of lar
 Letters: B batch, T tokens of the grid, W windows, H heads, N tokens of a window, d channels of a head.
 """
 
+from functools import cache
 from math import prod
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from manyscale.ops.windows import Layout, enter, regions, split
-
-try:
-    from manyscale.ops import kernel_triton as programs
-except ImportError:  # torch brings Triton along on Linux only
-    programs = None
 
 PROGRAMS = 1024  # that share the windows of a batch: a few for each place on a large GPU; at 64 x 64 they write 16 MiB of partial sums
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +53,25 @@ def tables(layout: Layout, *, mask_padding: bool, device: torch.device | None = 
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on tensors of this device: CUDA, or any where Triton interprets them (TRITON_INTERPRET=1)."""
+    programs = _triton()
     return programs is not None and (device.type == "cuda" or programs.INTERPRETED.value)
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The programs, read when they are first needed: Triton takes half a second, and torch brings it along on Linux only."""
+    try:
+        from manyscale.ops import kernel_triton
+    except ImportError:
+        return None
+    return kernel_triton
+
+
+def _programs(device: torch.device) -> ModuleType:
+    if not available(device):
+        missing = "Triton is not installed" if _triton() is None else f"these tokens are on {device.type}"
+        raise ValueError(f"field `attention`: kernel needs Triton and a CUDA device, and {missing}; give auto, fused or reference")
+    return _triton()
 
 
 def windowed(qkv: Tensor, tables: Tables, bias: Tensor | None = None, scale: Tensor | None = None, *, block: int | None = None) -> Tensor:
@@ -77,9 +92,6 @@ def windowed(qkv: Tensor, tables: Tables, bias: Tensor | None = None, scale: Ten
     Raises:
         ValueError: without Triton and a CUDA device; another type; a wider head.
     """
-    if not available(qkv.device):
-        missing = "Triton is not installed" if programs is None else f"these tokens are on {qkv.device.type}"
-        raise ValueError(f"field `attention`: kernel needs Triton and a CUDA device, and {missing}; give auto, fused or reference")
     _, tokens, _, heads, width = qkv.shape
     if qkv.dtype not in KINDS or width > 128:
         raise ValueError(
@@ -114,6 +126,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The result (B, T, H, d), and the logarithm of every row's denominator (B, W, H, N) in base 2."""
     # every token is in one window, so that each place of `out` is written, once; padded rows write nothing, here and in the backward pass
+    programs = _programs(qkv.device)
     out, sums = _fake_forward(qkv, places)
     plan = _Plan.of(qkv, places, labels, block)
     kernel = programs.whole_forward if plan.whole else programs.tile_forward
@@ -135,6 +148,7 @@ def _backward(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkv, and of bias and scale (empty without one)."""
+    programs = _programs(qkv.device)
     grad, grad_qkv = grad.contiguous(), torch.empty_like(qkv)
     plan = _Plan.of(qkv, places, labels, block)
     bias_parts = sums.new_empty(0) if bias is None else sums.new_empty(plan.loops, *bias.shape)

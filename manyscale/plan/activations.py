@@ -106,7 +106,8 @@ def activations(
         size: of a SuperViT, which of its sizes; None: the largest.
 
     Raises:
-        ValueError: a size that a SuperViT does not have; more sequential stages than there are; a path that is not known here.
+        ValueError: a size that a SuperViT does not have; more sequential stages than there are; kernels on a CPU, or for a net without
+            windows.
     """
     memory = memory or Memory()
     stages = len(config.depths) if isinstance(config, SwinConfig) else 0
@@ -114,8 +115,8 @@ def activations(
         raise ValueError(
             f"field `sequential`: {memory.sequential} stages, but the net has {stages}; --attention sequential sets all blocks"
         )
-    if memory.attention not in ("auto", *PATHS):
-        raise ValueError(f"field `attention`: what {memory.attention} takes is not known here; give one of {', '.join(PATHS)}")
+    if memory.attention == "kernel" and (device == "cpu" or not stages):
+        raise ValueError("field `attention`: kernel is of windows, on a GPU; give auto")
     number = 2 if precision == "bfloat16" else 4
     norm = number if device == "cpu" else 4
     if isinstance(config, SwinConfig):
@@ -191,7 +192,22 @@ def _sequential(a: Attended, how: How) -> Core:
     return Core(kept, forward, backward, result=size * a.values + 4 * a.rows)
 
 
-PATHS: dict[str, Callable[[Attended, How], Core]] = {"reference": _reference, "fused": _fused, "sequential": _sequential}
+def _kernel(a: Attended, how: How) -> Core:
+    """Tokens of the grid and one number a row; the bias' gradient as at most 1,024 partial sums, of a program each. Not yet measured."""
+    size = how.size
+    kept = 3 * size * a.values + 4 * a.rows + a.bias * a.window
+    side = -(-a.keys // 64)  # of a window in tiles
+    programs = min(a.batch * a.windows, max(1, 1024 // (a.heads * side**2)))
+    gradients = 3 * size * a.values + 4 * a.rows + 4 * programs * a.window * (a.bias > 0)
+    return Core(kept, kept + size * a.values, kept + 2 * size * a.values + gradients, result=size * a.values + 4 * a.rows)
+
+
+PATHS: dict[str, Callable[[Attended, How], Core]] = {
+    "reference": _reference,
+    "fused": _fused,
+    "sequential": _sequential,
+    "kernel": _kernel,
+}
 
 
 def _lengths(a: Attended) -> int:
@@ -271,7 +287,7 @@ def _swin(config: SwinConfig, how: How) -> tuple[Part, ...]:
     x = tokens * config.width
     stem = _images(how, config.channels, config.size) + how.norms(tokens, config.width)
     parts = [
-        Part("layouts", 0, sum(_layouts(config, stage) for stage in stages), 0, 0),
+        Part("layouts", 0, sum(_layouts(config, stage, how) for stage in stages), 0, 0),
         Part("stem", weights["stem"], stem, stem + how.main * x, stem + (how.main + 4) * x),
     ]
     for stage in stages:
@@ -318,11 +334,13 @@ def _merge(config: SwinConfig, stage: int, how: How, weights: int) -> Part:
     return Part(f"merge {stage}", weights, kept, kept + how.main * tokens * 3 * width, kept + how.main * tokens * 4 * width)
 
 
-def _layouts(config: SwinConfig, stage: int) -> int:
-    """What a stage's blocks share: an index and coordinates for the position bias, and masks."""
+def _layouts(config: SwinConfig, stage: int, how: How) -> int:
+    """What a stage's blocks share: an index and coordinates for the position bias, and masks, in place of which kernels have tables."""
     window, masks = config.windows[stage], sum(_masked(config, stage, shifted=shifted) for shifted in (False, True))
     coordinates = 0 if config.bias == "table" else 4 * config.axes * prod(2 * w - 1 for w in window)
-    return 8 * prod(window) ** 2 + coordinates + masks * _windows(config.grids[stage], window) * prod(window) ** 2
+    places = _windows(config.grids[stage], window) * prod(window)
+    cuts = 4 * places * (2 + masks) if how.memory.attention == "kernel" else masks * places * prod(window)
+    return 8 * prod(window) ** 2 + coordinates + cuts
 
 
 def _masked(config: SwinConfig, stage: int, *, shifted: bool) -> bool:

@@ -23,6 +23,7 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.manyscale.sequential_attention.default,
+    torch.ops.manyscale.window_attention.default,
 }
 
 

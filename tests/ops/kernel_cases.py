@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from manyscale.models import create_model, set_attention
 from manyscale.ops import kernel
 from manyscale.ops.attention import attend
 from manyscale.ops.windows import Layout, enter, layout, leave
@@ -164,6 +165,30 @@ def graph() -> None:
     assert sorted(saved) == sorted(t.numel() for t in (qkv, out, sums, *tables[:2], bias, scale)), "and nothing of N x N but the bias"
 
 
+def nets() -> None:
+    """Whole nets, a line of JSON each: errors of logits and gradients against the reference path, relative to their norms."""
+    for fields in (
+        {"image_size": (20, 36)},
+        {"image_size": 32, "similarity": "dot", "norm": "pre", "bias": "table", "merge_norm": "before"},
+        {"image_size": (4, 20, 36), "patch": (2, 4, 4), "window": (2, 4, 4)},
+    ):
+        torch.manual_seed(0)
+        small = {"width": 16, "depths": (2, 2), "heads": (1, 2), "window": 4, "classes": 10, "drop_path": 0.0, "zero_init": False}
+        net = create_model("swinv2_tiny", **{**small, **fields})
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        size = net.config.image_size if isinstance(net.config.image_size, tuple) else (net.config.image_size,) * 2
+        x, found = torch.randn(2, 3, *size), {}
+        for path in ("reference", "kernel"):
+            logits = set_attention(net.train(), path)(x)
+            found[path] = (logits, *torch.autograd.grad(logits.square().sum(), tuple(net.parameters())))
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found["kernel"], found["reference"], strict=True)]
+        with torch.no_grad():
+            net.eval()
+            again = ((net(x) - set_attention(net, "reference")(x)).norm() / logits.norm()).item()
+        print(json.dumps({"net": str(fields), "error": max(errors), "evaluated": again}), flush=True)
+
+
 # --- Compiled without a GPU ----------------------------------------------------------------------------------------------------
 
 COMPILED = {
@@ -220,6 +245,7 @@ if __name__ == "__main__":
         interpret()
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # torch's check looks there itself
         graph()
+        nets()
         print(json.dumps("two nodes of a graph"))
     else:
         with tempfile.TemporaryDirectory() as folder:

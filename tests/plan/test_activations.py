@@ -70,6 +70,8 @@ def efficient(q, k, v, attn_mask=None, dropout_p=0.0, scale=None):
         ("swinv2_tiny", {**TWO, "image_size": 72, "window": 4, "norm": "sandwich"}, "reference", "float32"),  # grids that are padded
         ("swinv2_tiny", {**TWO, "image_size": 72, "window": 4, "padding": "attend"}, "sequential", "float32"),
         ("swinv2_tiny", {**TWO, **CLIP, "norm": "post", "extra_norm_every": 2}, "reference", "bfloat16"),
+        ("swinv2_tiny", {**TWO, "image_size": 64, "window": 8}, "kernel", "bfloat16"),
+        ("swin_tiny", {**TWO, "image_size": 64, "window": 8}, "kernel", "float32"),
         ("swin_tiny", {**TWO, "image_size": 72, "window": 4}, "reference", "bfloat16"),
         ("swin_tiny", {**TWO, "image_size": 64, "window": 8}, "sequential", "float32"),
         ("vit_tiny_patch16", {**DEEP, "image_size": 96, "pool": "token"}, "fused", "float32"),
@@ -126,6 +128,12 @@ def test_lean_ways_keep_less_and_less():
     ]
     assert peaks[-1] < 0.12 * peaks[0] and peaks[-1] == min(peaks) and peaks[0] == max(peaks)
     assert found["--checkpointing blocks"][0] == found["--checkpointing blocks --sequential 2"][0]
+
+
+def test_kernels_are_of_windows_on_a_gpu():
+    for name, device in (("swinv2_tiny", "cpu"), ("vit_tiny_patch16", "cuda")):
+        with pytest.raises(ValueError, match="field `attention`: kernel is of windows, on a GPU; give auto"):
+            activations(model_config(name), Memory(attention="kernel"), device=device)
 
 
 def test_every_part_has_its_weights():

@@ -107,6 +107,12 @@ def test_what_a_net_refuses():
         fit(build(NETS["vit"]), Memory(sequential=1))
     with pytest.raises(ValueError, match="field `checkpointing`: Linear has no blocks"):
         fit(torch.nn.Linear(2, 2), Memory(checkpointing="blocks"))
+    with pytest.raises(ValueError, match="field `attention`: kernel is attention inside windows, which ViT has none of; give fused"):
+        fit(build(NETS["vit"]), Memory(attention="kernel"))
+    with pytest.raises(ValueError, match="field `attention`: kernel needs Triton and a CUDA device"):
+        fit(build(NETS["swin"]), Memory(attention="kernel"))(IMAGES.float())
+    with pytest.raises(ValueError, match="field `attention`: kernel keeps no attention weights that it could drop"):
+        fit(build(replace(NETS["swin"], dropout=0.1)), Memory(attention="kernel"))(IMAGES.float())
     with pytest.raises(ValueError, match="field `attention_memory`: 10 bytes"):
         fit(build(NETS["vit"]), Memory(attention="sequential", attention_memory="10"))(IMAGES.float())
 
