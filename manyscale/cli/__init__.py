@@ -13,6 +13,7 @@ from rich.table import Table
 
 import manyscale
 from manyscale.cli.benching import bench
+from manyscale.cli.exporting import export
 from manyscale.cli.learning import demo, study, train
 from manyscale.cli.parsing import leave
 from manyscale.cli.planning import doctor, models, plan
@@ -66,6 +67,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "transfer": transfer,
     "convert": convert,
+    "export": export,
     "plan": plan,
     "bench": bench,
     "models": models,

@@ -26,5 +26,5 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, C)"""
-        x = self.attention(self.probe.to(x.dtype).expand(len(x), -1, -1), x)  # (B, 1, C)
+        x = self.attention(self.probe.to(x.dtype).expand(x.shape[0], -1, -1), x)  # (B, 1, C)
         return (x + self.mlp(self.norm(x)))[:, 0]

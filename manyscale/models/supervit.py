@@ -218,8 +218,8 @@ class SuperViT(nn.Module):
         keeps = dict(zip(config.drop_blocks, config.counts(setting, size), strict=True))
         x, grid = self._embed(resized(x, size, config.resize), size, mirrored)  # (B, 1 + h·w, C)
         if self.registers is not None:
-            x = torch.cat([x[:, :1], self.registers.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        places = torch.arange(prod(grid), device=x.device).expand(len(x), -1)
+            x = torch.cat([x[:, :1], self.registers.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
+        places = torch.arange(prod(grid), device=x.device).expand(x.shape[0], -1)
         kept, left = [], []
         for i, block in enumerate(self.blocks):
             x, places, gone = block(x, places, keeps.get(i, x.shape[1]))
@@ -243,7 +243,7 @@ class SuperViT(nn.Module):
         else:
             table, largest = self.positions[0], self.config.grid_of(self.config.size)
             positions = torch.cat([table[:1], resize_positions(table[1:], largest, grid, "bicubic")])
-        x = torch.cat([self.token.to(x.dtype).expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = torch.cat([self.token.to(x.dtype).expand(x.shape[0], 1, -1), x.flatten(2).transpose(1, 2)], dim=1)
         return x + positions, grid
 
     def features(self, x: Tensor, setting: Setting | None = None) -> Features:

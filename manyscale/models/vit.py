@@ -120,7 +120,7 @@ class ViT(nn.Module):
         elif self.config.position == "sincos2d":
             x = x + sincos2d(grid, self.config.width, device=x.device).to(x.dtype)
         if self.token is not None:
-            x = torch.cat([self.token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + h·w, C)
+            x = torch.cat([self.token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + h·w, C)
         x = self.drop(x)
         for block in self.blocks:
             x = block(x)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyscale.config import Input, Run, Setting, from_dict
+from manyscale.config import Input, Preprocess, Run, Setting, from_dict
 from manyscale.data.loader import eval_batches, worker_count
 from manyscale.data.sources import Part, Source, open_split
 from manyscale.data.transforms import eval_transform
@@ -92,17 +92,20 @@ def open_scored(path: str, model: Net, data: str = "", split: str = "val") -> Sc
     return Scored(source, _class_order(model, classes), settings.bad_files, f"{settings.data}, {split}")
 
 
-def pictures_for(model: Net, data: str, count: int = 2_000) -> Iterator[Tensor]:
-    """Batches (B, 3, H, W) of `count` training pictures of a set, drawn at random, prepared for a model; labels are not looked at.
+def pictures_for(model: Net, data: str, count: int = 2_000, preprocess: Preprocess | None = None) -> Iterator[Tensor]:
+    """Batches (B, 3, H, W) of `count` training pictures of a set, drawn at random; labels are not looked at.
+
+    They are prepared as `preprocess` says; None: as the model's own.
 
     Raises:
         ValueError: no such set, or a model that does not know how its pictures are prepared.
     """
-    if not model.preprocess:
+    preprocess = preprocess or model.preprocess
+    if not preprocess:
         raise ValueError("this model does not know how its pictures are prepared; give one that `train` or `convert` wrote")
     source = open_split(Input(data=data), "train", 0, labelled=False).source
     chosen = Part(source, np.random.default_rng(0).permutation(len(source))[:count])
-    return (batch.images for batch in eval_batches(chosen, eval_transform(model.preprocess), batch=100, workers=0) if len(batch.images))
+    return (batch.images for batch in eval_batches(chosen, eval_transform(preprocess), batch=100, workers=0) if len(batch.images))
 
 
 def _score_painting(

@@ -1,0 +1,177 @@
+"""A file is what the net is: read back, run by its own engine, at other batch sizes than it was made with."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import manyscale as ms
+from manyscale.cli import main
+from manyscale.config import Augment, Optim, Preprocess, Setting, SuperViTConfig, SwinConfig, ViTConfig
+from manyscale.models import build
+from manyscale.ship import export as exporting
+from manyscale.ship.export import CARD, FILES, export, open_engine
+from manyscale.train.loop import train
+from tests.conftest import loud, shorter
+
+SWIN = {"image_size": 32, "patch": 4, "window": 4, "width": 16, "depths": (2, 2), "heads": (1, 2), "classes": 7, "drop_path": 0.0}
+TABLE = {"similarity": "dot", "norm": "pre", "bias": "table", "merge_norm": "before"}
+VIT = {"image_size": 32, "patch": 8, "width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "classes": 7}
+SUPER = {"sizes": (16, 32), "patch": 8, "width": 16, "depth": 3, "heads": 2, "mlp_width": 32, "drop_blocks": (1, 2), "classes": 7}
+LABELLED = {"stem": "conv", "stem_width": 8, "token_head": 0.5}
+CASES = {
+    "v2": (SwinConfig(**SWIN), None),
+    "v2 at a larger size and window": (SwinConfig(**SWIN), "48/window=6"),
+    "v2 padded": (SwinConfig(**SWIN), "40x36"),
+    "v1": (SwinConfig(**SWIN, **TABLE), None),
+    "clips": (SwinConfig(**{**SWIN, "image_size": (4, 16, 32), "patch": (2, 4, 4), "window": (2, 4, 4)}), None),
+    "vit token": (ViTConfig(**VIT, pool="token"), None),
+    "vit map": (ViTConfig(**VIT, pool="map"), None),
+    "deit": (SuperViTConfig(**SUPER), "32/0.7"),
+    "deit, small and fused": (SuperViTConfig(**SUPER, fuse=True), "16/0.5"),
+    "lvvit": (SuperViTConfig(**SUPER, **LABELLED), "32/0.7"),
+}
+
+
+def net_of(name: str):
+    config, setting = CASES[name]
+    return loud(build(config)).eval(), setting and Setting.read(setting)
+
+
+def shape_of(folder) -> list[int]:
+    return json.loads((folder / CARD).read_text())["images"][1:]
+
+
+def needs(format: str) -> None:
+    for package in exporting.NEEDS[format]:
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'manyscale[export]'")
+
+
+# openvino goes through the other two; the rest, of 5 to 10 seconds each, is `-m slow`
+QUICK = [("openvino", "v2"), ("openvino", "deit"), ("onnx", "vit map"), ("torch", "v2 padded")]
+MORE = [*(("openvino", name) for name in CASES), *(("onnx", name) for name in CASES), *(("torch", name) for name in CASES)]
+
+
+@pytest.mark.parametrize(("format", "name"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in QUICK)])
+@torch.no_grad()
+def test_a_file_answers_as_the_net(format, name, tmp_path):
+    needs(format)
+    net, setting = net_of(name)
+    written = export(net, tmp_path, format=format, setting=setting)
+    assert written.difference < 2e-6
+    engine = open_engine(tmp_path, threads=1)
+    for count in (1, 5):
+        images = torch.randn(count, *json.loads((tmp_path / CARD).read_text())["images"][1:])
+        expected = net(images) if setting is None else net(images, setting=setting)
+        assert expected.std() > 0.05, "a silent net agrees with anything"
+        torch.testing.assert_close(engine(images), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "low", "high"),
+    [
+        ("torch", "bfloat16", 1e-4, 0.05),
+        ("onnx", "float16", 1e-6, 0.01),
+        pytest.param("openvino", "float16", 1e-6, 0.01, marks=pytest.mark.slow),
+        pytest.param("openvino", "bfloat16", 0, 0.05, marks=pytest.mark.slow),  # 0: on a CPU that has no bfloat16
+    ],
+)
+def test_other_types(format, dtype, low, high, tmp_path):
+    needs(format)
+    net, _ = net_of("v2")
+    before = net.state_dict()["head.weight"].clone()
+    written = export(net, tmp_path, format=format, dtype=dtype)
+    assert low <= written.difference < high
+    assert written.card["dtype"] == dtype and torch.equal(net.head.weight, before), "the net keeps its own type"
+    assert open_engine(tmp_path)(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_equal_scores_keep_the_earlier_token(tmp_path):
+    """Which of equals stays must not depend on the engine: with q at zero all patches score alike, and those of the top rows stay."""
+    needs("openvino")
+    net, setting = net_of("deit")
+    with torch.no_grad():
+        for block in net.blocks:
+            block.attention.qkv.weight[:16] = 0
+            block.attention.qkv.bias[:16] = 0
+    assert export(net, tmp_path, format="openvino", setting=setting).difference < 2e-6
+
+
+# --- 8 bits --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
+def test_int8_says_what_it_costs(format, micro, tmp_path, capsys):
+    needs(format)
+    pytest.importorskip("nncf", reason="nncf is not installed: pip install 'manyscale[export]'")
+    net = replace(micro.model, width=16, depths=(1, 1), heads=(1, 2), mlp_ratio=2.0, drop_path=0.0)
+    learns = replace(micro, model=net, augment=Augment(scale=(0.8, 1.0)), optim=Optim(lr=8e-3), batch=64, accumulate=1)
+    train(shorter(learns, epochs=5))
+    main(["export", micro.out, "--format", format, "--int8", "--pictures", "100"])
+    said, card = capsys.readouterr().out, json.loads((tmp_path / "run" / "export" / f"{format}-int8" / CARD).read_text())
+    assert f"accuracy on 100 pictures of digits, val: {card['accuracy']['net']:.4f} in float32" in said
+    assert card["accuracy"]["net"] > 0.3 and abs(card["accuracy"]["net"] - card["accuracy"]["file"]) < 0.1 and card["difference"] > 1e-4
+    quantised = tmp_path / "run" / "export" / f"{format}-int8" / FILES[format]
+    assert b"QuantizeLinear" in quantised.read_bytes() or b"FakeQuantize" in quantised.read_bytes()
+
+
+# --- What is refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("deit", {"setting": Setting(size=20)}, "20"),
+        ("deit", {"setting": Setting(size=24)}, "24"),
+        ("v1", {"setting": Setting(size=48, window=6)}, "field `window`: 48/window=6: this net's bias is a table"),
+        ("vit map", {"setting": Setting(size=32, keep=0.5)}, "a ViT keeps every token"),
+        ("v2", {"format": "onnx", "dtype": "bfloat16"}, "field `dtype`: ONNX Runtime has few operations in bfloat16"),
+        ("v2", {"calibration": []}, "field `int8`: int8 is made of float32 in ONNX or OpenVINO, not of float32 in torch"),
+        ("v2", {"format": "onnx", "dtype": "float16", "calibration": []}, "field `int8`: .* leave --dtype out"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(name, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(net_of(name)[0], tmp_path / "out", **{"format": "torch", **options})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_package_says_how_to_install(format, package, tmp_path, monkeypatch):
+    for other in exporting.NEEDS[format]:
+        if other != package:
+            pytest.importorskip(other)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"field `format`: {format} needs {package}: pip install 'manyscale\[export\]'"):
+        export(net_of("v2")[0], tmp_path / "out", format=format)
+
+
+def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+    net, _ = net_of("v2")
+    first = export(net, tmp_path / "out", format="torch")
+    kept = {file.name: file.read_bytes() for file in first.folder.iterdir()}
+    true = exporting.open_engine
+    monkeypatch.setattr(exporting, "open_engine", lambda folder: lambda images: true(folder)(images) * 1.01)
+    with pytest.raises(ValueError, match=r"field `format`: logits of the torch file differ by 0\.0\d of the largest; it was not written"):
+        export(net, tmp_path / "out", format="torch")
+    assert {file.name: file.read_bytes() for file in first.folder.iterdir()} == kept
+
+
+def test_a_folder_without_an_export_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"export\.json: cannot be read"):
+        open_engine(tmp_path)
+    (tmp_path / CARD).write_text('{"format": "gguf"}')
+    with pytest.raises(ValueError, match="field `format`: 'gguf' is none of torch, onnx, openvino"):
+        open_engine(tmp_path)
+
+
+def test_the_card_says_how_pictures_are_prepared(tmp_path):
+    net, setting = net_of("v2 at a larger size and window")
+    net.preprocess, net.labels = Preprocess(image_size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)), tuple("abcdefg")
+    ms.save(net, tmp_path / "net")
+    main(["export", str(tmp_path / "net"), "--format", "torch", "--setting", str(setting)])
+    card = json.loads((tmp_path / "net" / "export" / "torch-48-window=6" / CARD).read_text())
+    assert card["images"] == ["batch", 3, 48, 48] and card["labels"] == list("abcdefg") and card["setting"] == "48/window=6"
+    assert card["preprocess"]["image_size"] == [48, 48] and card["preprocess"]["mean"] == [0.5, 0.4, 0.3]
