@@ -236,7 +236,7 @@ def _write(
         else:
             import openvino
 
-            converted = openvino.convert_model(whole)
+            converted = openvino.Core().read_model(whole)  # convert_model takes a comma in a path for the end of it
             for op in converted.get_ops():
                 if op.get_type_name() == "TopK":
                     op.set_attribute("stable", True)  # as ONNX's is: of equals the earlier

@@ -96,7 +96,7 @@ def test_equal_scores_keep_the_earlier_token(tmp_path):
         for block in net.blocks:
             block.attention.qkv.weight[:16] = 0
             block.attention.qkv.bias[:16] = 0
-    assert export(net, tmp_path, format="openvino", setting=setting).difference < 2e-6
+    assert export(net, tmp_path / "a name, with a comma", format="openvino", setting=setting).difference < 2e-6
 
 
 # --- 8 bits --------------------------------------------------------------------------------------------------------------------
