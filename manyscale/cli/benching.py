@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from manyscale.cli.parsing import parse, plain_table, show
 from manyscale.config import Setting, Size, SuperViTConfig, Windows
+from manyscale.config.memory import AttentionPath
 from manyscale.presets import model_config
 from manyscale.storage import write_json
 
@@ -19,6 +20,7 @@ def _bench(
     image_size: Size | None = None,
     window: Windows | None = None,
     setting: str = "",
+    attention: tuple[AttentionPath, ...] = ("auto",),
     batch: int = 8,
     dtype: Literal["float32", "bfloat16"] = "float32",
     train: bool = False,
@@ -36,6 +38,7 @@ def _bench(
         image_size: pixels, where not the preset's.
         window: tokens, of a Swin, likewise.
         setting: of a SuperViT, such as 160/0.7; its peers run the whole net.
+        attention: paths of this package's attention, each timed as a net of its own: auto fused sequential kernel.
         batch: images at a time.
         dtype: of weights and images; in training, of autocast.
         train: a forward and backward pass, instead of inference.
@@ -63,7 +66,7 @@ def _bench(
     report = partial(print, file=sys.stderr, flush=True)
     found = bench(
         model, config, names, batch=batch, device=pick_device(device), precision=getattr(torch, dtype), training=train,
-        compiled=compile, setting=at, report=report, rounds=rounds,
+        compiled=compile, setting=at, paths=attention, report=report, rounds=rounds,
     )  # fmt: skip
     _print(found)
     if out:

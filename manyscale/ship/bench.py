@@ -1,5 +1,6 @@
 """How fast a net is beside other packages' nets with the same weights: compared first, then timed in turns."""
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyscale.config import NetConfig, Setting
-from manyscale.models import build
+from manyscale.config.memory import AttentionPath
+from manyscale.models import build, set_attention
 from manyscale.models.settings import AtSetting
 from manyscale.plan.count import count
 from manyscale.ship.measure import WARM_UP, device_name, peak, time_call
@@ -36,6 +38,11 @@ class Row(NamedTuple):
     p75: float
     peak: int | None  # bytes of a batch besides weights and images; None: not known, as on the CPU
     macs: int  # of the batch, the step's in training
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this package's, along whichever path of attention."""
+        return self.name.split(",")[0] == OURS
 
     @property
     def label(self) -> str:
@@ -62,7 +69,7 @@ class Bench(NamedTuple):
 
     def fastest(self, compiled: bool) -> Row:
         """The fastest peer."""
-        return min((row for row in self.rows if row.name != OURS and row.compiled == compiled), key=lambda row: row.p50)
+        return min((row for row in self.rows if not row.is_ours and row.compiled == compiled), key=lambda row: row.p50)
 
     def ratio(self, row: Row) -> float:
         """How many times as fast as the fastest peer, compiled or not as it is."""
@@ -80,6 +87,7 @@ def bench(
     training: bool = False,
     compiled: bool = False,
     setting: Setting | None = None,
+    paths: Sequence[AttentionPath] = ("auto",),
     report: Callable[[str], None] = print,
     rounds: int = 15,
     seed: int = 0,
@@ -93,21 +101,25 @@ def bench(
     Args:
         compiled: every net also compiled; on the CPU with frozen weights where nothing is trained.
         setting: of a SuperViT or Swin; the peers have none and run the whole net.
+        paths: of our attention, each timed as a net of its own.
         report: called with a sentence for every peer that has no such net.
 
     Raises:
-        ValueError: a peer that is not known or not installed, or whose logits are others; no peer that has the net; no round or image.
+        ValueError: a peer that is not known or not installed, or whose logits are others; no peer that has the net; no round or image; a
+            path that the net or the device has not.
     """
     for field, value in (("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"field `{field}`: {value} must be at least 1")
     torch.manual_seed(seed)
     ours = randomise(build(config)).to(device).eval()
-    nets = {OURS: ours, **_peers(ours, against, report)}
+    names = [OURS if way == "auto" else f"{OURS}, {way}" for way in dict.fromkeys(paths)]
+    along = {key: set_attention(copy.deepcopy(ours), way) for key, way in zip(names, dict.fromkeys(paths), strict=True)}
+    nets = {**along, **_peers(ours, against, report)}
     images = torch.randn(batch, config.channels, *config.size, generator=torch.Generator().manual_seed(seed)).to(device)
     apart = differences(nets, images[:2])
     if setting:
-        nets[OURS] = AtSetting(ours, setting)
+        nets |= {key: AtSetting(net, setting) for key, net in along.items()}
     for net in nets.values():
         net.train(training)
     labels = torch.arange(batch, device=device) % config.classes
@@ -124,7 +136,7 @@ def bench(
         seconds = _in_turns(calls, device, rounds, seed)
         peaks = {key: peak(call, device) for key, call in calls.items()}
         product = _product(device, precision)
-    macs = {key: count(config, setting if key == OURS else None).macs * batch * (3 if training else 1) for key in nets}
+    macs = {key: count(config, setting if key in along else None).macs * batch * (3 if training else 1) for key in nets}
     rows = tuple(
         Row(key, way, apart[key], *np.quantile(spent, (0.5, 0.25, 0.75)).tolist(), peaks[key, way], macs[key])
         for (key, way), spent in seconds.items()
@@ -151,12 +163,12 @@ def _peers(ours: nn.Module, against: Sequence[str], report: Callable[[str], None
 
 @torch.no_grad()
 def differences(nets: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """How far every net's logits are from ours, of the largest.
+    """How far every net's logits are from the first's, of the largest.
 
     Raises:
         ValueError: further than rounding explains.
     """
-    expected = nets[OURS](images)
+    expected = next(iter(nets.values()))(images)
     found = {key: ((net(images) - expected).abs().max() / expected.abs().max()).item() for key, net in nets.items()}
     for key, apart in found.items():
         if not apart <= AGREE:
@@ -216,7 +228,7 @@ def draw(found: Bench, path: Path) -> None:
               [found.batch / row.p25 - s for s, row in zip(speeds, rows, strict=True)]]  # fmt: skip
     figure = Figure(figsize=(8, 0.9 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    colours = ["#2c6e9b" if row.name == OURS else "#9aa5b1" for row in rows]
+    colours = ["#2c6e9b" if row.is_ours else "#9aa5b1" for row in rows]
     axes.barh([row.label for row in rows], speeds, xerr=around, color=colours, error_kw={"lw": 1, "ecolor": "#1f2933"})
     for place, (row, speed) in enumerate(zip(rows, speeds, strict=True)):
         axes.annotate(f"{speed:.1f}", (found.batch / row.p25, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)

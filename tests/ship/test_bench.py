@@ -74,6 +74,17 @@ def test_compiled_nets_are_rows_of_their_own(monkeypatch):
     assert all(found.fastest(way).compiled == way and found.fastest(way).name == "torchvision" for way in (False, True))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_paths_are_rows_of_their_own(training):
+    paths = ("auto", "sequential", "sequential", "reference")
+    found = bench("tiny", V2, ("torchvision",), batch=1, device=CPU, training=training, paths=paths, rounds=1)
+    assert [row.name for row in found.rows] == [OURS, f"{OURS}, sequential", f"{OURS}, reference", "torchvision"]
+    assert [row.is_ours for row in found.rows] == [True, True, True, False] and found.fastest(False).name == "torchvision"
+    assert len({row.macs for row in found.rows}) == 1
+    with pytest.raises(ValueError, match="kernel needs Triton and a CUDA device"):
+        bench("tiny", V2, ("torchvision",), batch=1, device=CPU, paths=("kernel",), rounds=1)
+
+
 def test_a_setting_is_beside_the_whole_net():
     pytest.importorskip("timm", reason="timm is not installed: pip install manyscale[peers]")
     found = bench("super", SUPER, ("timm",), batch=1, device=CPU, setting=Setting(size=16, keep=0.5), rounds=1)
