@@ -4,12 +4,13 @@ import math
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyscale.layers.kept import Kept, can_keep
+from manyscale.layers.linear import Linear
 from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded
 from manyscale.ops.kernel import Tables, windowed
+from manyscale.ops.linear import linear
 from manyscale.ops.windows import Layout, enter, leave
 
 FOLDED = 128 * 2**20  # bytes of a block's bias with its mask, at most, to be kept
@@ -27,14 +28,14 @@ class WindowAttention(nn.Module):
         self.heads, self.similarity, self.dropout = heads, similarity, dropout
         self.attention_path: Path = "auto"
         self.attention_budget = BUDGET
-        self.qkv = nn.Linear(width, 3 * width, bias=similarity == "dot")
+        self.qkv = Linear(width, 3 * width, bias=similarity == "dot")
         if similarity == "cosine":
             self.q_bias = nn.Parameter(torch.empty(width))
             self.v_bias = nn.Parameter(torch.empty(width))
             self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1))
         self.bias = bias
         self.kept = Kept()
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
         self.initialise()
 
@@ -60,11 +61,11 @@ class WindowAttention(nn.Module):
         if tables is not None:
             if dropout:
                 raise ValueError("field `attention`: kernel keeps no attention weights that it could drop; give dropout 0 or another path")
-            qkv = F.linear(x, self.qkv.weight, bias).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, d)
+            qkv = linear(x, self.qkv.weight, bias).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, d)
             added, _ = self._added(layout, index, coordinates, qkv)
             out = windowed(qkv, tables, added, scale)  # (B, T, H, d)
             return self.proj_drop(self.proj(out.flatten(-2).unflatten(1, layout.grid)))
-        qkv = F.linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
+        qkv = linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
         added, mask = self._added(layout, index, coordinates, v)
         path, budget = self.attention_path, self.attention_budget
@@ -89,7 +90,7 @@ class WindowAttention(nn.Module):
                 return bias, layout.mask
             return folded(bias, layout.mask), None
 
-        key = (layout[:-1], like.dtype, like.device, torch.is_autocast_enabled(like.device.type), self.attention_path)
+        key = (layout[:4], like.dtype, like.device, torch.is_autocast_enabled(like.device.type), self.attention_path)
         return self.kept.get(key, made, parameters)
 
     def train(self, mode: bool = True) -> Self:
@@ -106,8 +107,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.attention_path: Path = "auto"
         self.attention_budget = BUDGET
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,9 +137,9 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.attention_path: Path = "auto"
         self.attention_budget = BUDGET
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, queries: Tensor, x: Tensor) -> Tensor:
         """Queries (B, M, C) on tokens (B, N, C) -> (B, M, C)"""

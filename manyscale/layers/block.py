@@ -2,13 +2,17 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
+
+from manyscale.layers.linear import Linear, with_gelu
+from manyscale.ops.linear import Gelu
 
 Norm = Literal["pre", "post", "sandwich", "res-post"]
 
 
-Gelu = Literal["exact", "tanh"]
+ROWS = 1024  # tokens at a time, in evaluation on a CPU: from 512 to 2,048 measured alike, all at once slower
 
 
 class Mlp(nn.Module):
@@ -16,14 +20,20 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, *, gelu: Gelu = "exact") -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.drop = nn.Dropout(dropout)
         self.act = nn.GELU(approximate="none" if gelu == "exact" else "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)"""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or x[..., 0].numel() <= ROWS:
+            return self._layers(x)
+        # a part of the tokens after another: what is hidden stays in the cache, and takes no fresh pages of memory
+        return torch.cat([self._layers(part) for part in x.flatten(0, -2).split(ROWS)]).view(x.shape)
+
+    def _layers(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(with_gelu(self.fc1, self.act, x))))
 
 
 class Residual(nn.Module):

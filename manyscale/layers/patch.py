@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manyscale.layers.linear import Linear
+
 
 class PatchEmbed(nn.Module):
     """A strided convolution, then a norm (Swin V1 section 3.1). Pictures that do not divide are padded with zeros at the far ends."""
@@ -49,7 +51,7 @@ class PatchMerge(nn.Module):
 
     def __init__(self, width: int, norm: Literal["before", "after"]) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
         self.norm_in = nn.LayerNorm(4 * width) if norm == "before" else nn.Identity()
         self.norm_out = nn.LayerNorm(2 * width) if norm == "after" else nn.Identity()
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from manyscale.layers.attention import CrossAttention
-from manyscale.layers.block import Gelu, Mlp
+from manyscale.layers.block import Mlp
+from manyscale.ops.linear import Gelu
 
 
 class AttentionPool(nn.Module):

@@ -56,18 +56,20 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, window: tuple[int, ...] | None = None) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C), before the merging; `window`: another than the one the stage was built with."""
         grid, window = tuple(x.shape[1:-1]), window or self.window
-        made = partial(self._places, grid, window, x.device)
-        layouts, *places, cuts = self.kept.get((grid, window, x.device, self.attention_path), made) if can_keep(x) else made()
+        ordered = x.device.type == "cpu" and can_keep(x) and not torch.is_grad_enabled()
+        made = partial(self._places, grid, window, x.device, ordered)
+        key = (grid, window, x.device, ordered, self.attention_path)
+        layouts, *places, cuts = self.kept.get(key, made) if can_keep(x) else made()
         for i, block in enumerate(self.blocks):
             x = block(x, layouts[i % 2], *places, cuts[i % 2])
         return x
 
     def _places(
-        self, grid: tuple[int, ...], window: tuple[int, ...], device: torch.device
+        self, grid: tuple[int, ...], window: tuple[int, ...], device: torch.device, ordered: bool
     ) -> tuple[tuple[Layout, ...], Tensor, Tensor | None, tuple[Tables | None, ...]]:
         """What depends on the grid alone, for all blocks: both layouts, what a position bias reads, and for the kernels tables."""
         kernel = self.attention_path == "kernel"
-        made = partial(layout, grid, window, mask_padding=self.mask_padding, masked=not kernel, device=device)
+        made = partial(layout, grid, window, mask_padding=self.mask_padding, masked=not kernel, ordered=ordered, device=device)
         layouts = plain, _ = made(shifted=False), made(shifted=True)
         cuts = tuple(tables(each, mask_padding=self.mask_padding, device=device) if kernel else None for each in layouts)
         index = relative_index(plain.window, plain.window if self.spacing else self.window, device)

@@ -37,7 +37,7 @@ def tables(layout: Layout, *, mask_padding: bool, device: torch.device | None = 
     Raises:
         ValueError: padding that is attended; the kernels know only tokens of the grid.
     """
-    grid, padded, window, shift, _ = layout
+    grid, padded, window, shift = layout[:4]
     if padded != grid and not mask_padding:
         raise ValueError(
             f"field `attention`: kernel never attends padding, and {_by(grid)} tokens in windows of {_by(window)} have some; "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from manyscale.layers.attention import WindowAttention
-from manyscale.layers.block import Block, Mlp, Residual
+from manyscale.layers.block import ROWS, Block, Mlp, Residual
 from manyscale.layers.patch import PatchEmbed, PatchMerge
 from manyscale.layers.position_bias import ContinuousBias, TableBias
 from manyscale.ops.positions import relative_coordinates, relative_index
@@ -182,3 +182,16 @@ def test_attention_drops_in_training_only():
     assert torch.equal(module(x, *context), module(x, *context))
     module.train()
     assert not torch.equal(module(x, *context), module(x, *context))
+
+
+@pytest.mark.parametrize("shape", [(1, ROWS + 1, 8), (3, 17, 43, 8), (2, 5, 8)])
+def test_an_mlp_in_parts_is_the_whole(shape):
+    """In evaluation on a CPU some tokens go after others; with gradients all at once."""
+    mlp, x = Mlp(8, 24).double(), torch.randn(*shape, dtype=torch.float64)
+    sizes = []
+    mlp.fc1.register_forward_hook(lambda module, given, result: sizes.append(given[0][..., 0].numel()))
+    whole = mlp(x)
+    with torch.no_grad():
+        parts = mlp(x)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-14)
+    assert sizes[0] == sum(sizes[1:]) and max(sizes[1:]) <= ROWS

@@ -128,3 +128,14 @@ def test_first_stage_of_the_paper():
 def test_one_axis_shifts_alone():
     cut = layout((4, 8, 3), (4, 4, 4), shifted=True, mask_padding=True)
     assert (cut.window, cut.shift, cut.padded) == ((4, 4, 3), (0, 2, 0), (4, 8, 3))
+
+
+@some
+@given(grids_and_windows(), st.booleans())
+def test_moving_by_an_index_is_shift_and_split(case, shifted):
+    grid, window = case
+    plain, ordered = (layout(grid, window, shifted=shifted, mask_padding=True, ordered=o) for o in (False, True))
+    assert (ordered.order is not None) == (any(ordered.shift) and ordered.padded == ordered.grid)
+    x = torch.cat([numbered(grid), -7 * numbered(grid)])  # (2, *grid, 2)
+    windows = enter(x, ordered)
+    assert torch.equal(windows, enter(x, plain)) and torch.equal(leave(windows, ordered), x)

@@ -1,0 +1,71 @@
+"""The quick way is the plain one, and is not taken where something must see or change what happens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from manyscale.layers.block import Mlp
+from manyscale.ops.linear import is_quick, linear
+
+quick_only = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.mark.parametrize("gelu", [None, "exact", "tanh"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 0.02), (torch.float16, 4e-3)])
+def test_either_way_is_the_same(dtype, limit, gelu):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 7, 24), (40, 24), (40,)))
+    exact = F.linear(x, weight, bias)
+    exact = exact if gelu is None else F.gelu(exact, approximate={"exact": "none"}.get(gelu, gelu))
+    for some in (bias, None):
+        expected = exact if some is not None else linear(x, weight, None, gelu)
+        given = [tensor if tensor is None else tensor.to(dtype) for tensor in (x, weight, some)]
+        with torch.no_grad():
+            assert is_quick(*given[:2]) == (dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available())
+            found = linear(*given, gelu)
+        assert found.shape == (2, 5, 7, 40) and found.dtype == dtype
+        assert (found.double() - expected).norm() / expected.norm() < limit
+        again = linear(*given, gelu)  # with gradients
+        assert (again.double() - expected).norm() / expected.norm() < limit
+
+
+def test_views_and_no_rows():
+    weight = torch.randn(6, 4)
+    wide = torch.randn(3, 8, 9)[:, ::2, 1:].transpose(1, 2)  # (3, 8, 4), neither dense nor in order
+    with torch.no_grad():
+        torch.testing.assert_close(linear(wide, weight), F.linear(wide, weight))
+        torch.testing.assert_close(
+            linear(wide.transpose(1, 2).contiguous().transpose(1, 2), weight[::2], None), F.linear(wide, weight[::2])
+        )
+        assert linear(torch.randn(0, 5, 4), weight).shape == (0, 5, 6)
+
+
+@quick_only
+def test_who_counts_or_watches_sees_all():
+    mlp, x = Mlp(8, 24), torch.randn(3, 8)
+    with torch.no_grad():
+        assert is_quick(x, mlp.fc1.weight)
+        with FlopCounterMode(display=False) as counter:
+            expected = mlp(x)
+        assert counter.get_total_flops() == 2 * 2 * 3 * 8 * 24
+        seen = []
+        handle = mlp.fc1.register_forward_hook(lambda layer, given, found: seen.append(found))
+        mlp(x)
+        torch.testing.assert_close(seen[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))  # before the GELU
+        handle.remove()
+        mlp.fc1 = nn.Sequential(mlp.fc1)  # as a quantiser, or LoRA, would
+        torch.testing.assert_close(mlp(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not is_quick(x) and mlp(x).dtype == torch.bfloat16
+
+
+def test_functions_of_functions_work():
+    layer = Mlp(8, 24)
+    stack = {name: torch.stack([p, 2 * p]) for name, p in layer.named_parameters()}
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        both = torch.func.vmap(lambda weights: torch.func.functional_call(layer, weights, (x,)))(stack)
+        torch.testing.assert_close(both[0], layer(x))
+        torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
