@@ -56,7 +56,7 @@ class WindowAttention(nn.Module):
             tables: the layout as the kernels read it, for that path.
         """
         at_once = max(1, TOKENS // prod(layout.grid))
-        if x.shape[0] > at_once and is_quick(x, self.qkv.weight):  # some pictures after others, so that little memory is gone through
+        if is_quick(x, self.qkv.weight) and x.shape[0] > at_once:  # some pictures after others, so that little memory is gone through
             return torch.cat([self(part, layout, index, coordinates, tables) for part in x.split(at_once)])
         bias = self.qkv.bias if self.similarity == "dot" else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         scale = None

@@ -292,6 +292,7 @@ def test_transferred_to_other_sizes_and_classes():
         ms.transfer(build(vit()), sizes=(16, 32))
 
 
+@pytest.mark.slow
 def test_a_graph_for_each_setting_past_any_limit():
     """Twelve settings under a limit of 8, each one graph; torch's own way stops at the ninth."""
     model = loud(build(replace(DEIT, keeps=(0.4, 0.6, 0.8, 1.0), depth=2, drop_blocks=(0,)))).eval()

@@ -39,7 +39,8 @@ def test_results_and_gradients_are_those_of_float64():
         assert all(error < LIMITS[case["dtype"]] for error in case["errors"].values()), case
 
 
-@pytest.mark.parametrize("part", ["compile", pytest.param("compile-all", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["compile", pytest.param("compile-all", marks=pytest.mark.timeout(1200))])
 def test_the_kernels_compile_for_a_gpu(part):
     """What the interpreter takes and the compiler does not: types that change in a loop, shapes that are no power of two."""
     pytest.importorskip("triton.backends.nvidia")

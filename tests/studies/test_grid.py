@@ -54,6 +54,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_sigterm_saves_every_run_and_the_same_grid_goes_on(micro, tmp_path):
     from manyscale.config import to_dict
     from manyscale.storage import write_json

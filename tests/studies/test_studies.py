@@ -100,7 +100,10 @@ def quickly(monkeypatch, tmp_path):
     return terms, ran
 
 
-@pytest.mark.parametrize("name", STUDIES)
+LONG = {"simmim", "norms", "stability", "heads", "weight-decay"}  # half a minute each: `-m slow`
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in STUDIES])
 def test_a_study_ends_with_a_table_and_a_picture(name, quickly):
     terms, ran = quickly
     result = run_study(name, terms)
