@@ -72,7 +72,7 @@ def test_a_file_answers_as_the_net(format, name, tmp_path):
 @pytest.mark.parametrize(
     ("format", "dtype", "low", "high"),
     [
-        ("torch", "bfloat16", 1e-4, 0.05),
+        pytest.param("torch", "bfloat16", 1e-4, 0.05, marks=pytest.mark.slow),
         ("onnx", "float16", 1e-6, 0.01),
         pytest.param("openvino", "float16", 1e-6, 0.01, marks=pytest.mark.slow),
         pytest.param("openvino", "bfloat16", 0, 0.05, marks=pytest.mark.slow),  # 0: on a CPU that has no bfloat16

@@ -31,6 +31,7 @@ def pieces(run, monkeypatch, at):
     raise AssertionError("it never ended")
 
 
+@pytest.mark.slow
 def test_a_branch_is_the_run_of_its_length_also_in_pieces(micro, tmp_path, monkeypatch):
     run = family(micro, tmp_path)
     epoch = 5  # steps of the micro run
