@@ -56,10 +56,11 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, window: tuple[int, ...] | None = None) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C), before the merging; `window`: another than the one the stage was built with."""
         grid, window = tuple(x.shape[1:-1]), window or self.window
-        ordered = x.device.type == "cpu" and can_keep(x) and not torch.is_grad_enabled()
+        keep = can_keep(x)
+        ordered = keep and x.device.type == "cpu" and not torch.is_grad_enabled()
         made = partial(self._places, grid, window, x.device, ordered)
         key = (grid, window, x.device, ordered, self.attention_path)
-        layouts, *places, cuts = self.kept.get(key, made) if can_keep(x) else made()
+        layouts, *places, cuts = self.kept.get(key, made) if keep else made()
         for i, block in enumerate(self.blocks):
             x = block(x, layouts[i % 2], *places, cuts[i % 2])
         return x

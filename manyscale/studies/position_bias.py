@@ -149,5 +149,5 @@ def _draw(untouched: Table, after: Table, sizes: tuple[tuple[int, int], ...]) ->
         for bias, colour in zip(BIASES, (COLOURS[1], COLOURS[2], COLOURS[0]), strict=True):
             band(axes, windows, values[bias], colour, BIASES[bias])
     figure.axes[0].set_ylabel("top-1, %")
-    figure.axes[0].legend(frameon=False, loc="lower left")
+    figure.axes[0].legend(frameon=False, loc="best")
     return figure
