@@ -218,6 +218,19 @@ def test_attention_paths_agree(micro, fields):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (37, 30)])
+def test_a_batch_in_parts_is_the_whole(micro, size, monkeypatch):
+    """In evaluation on a CPU pictures attend some after others; with gradients all at once."""
+    model, x = micro(), images(*size, batch=5)
+    whole = model(x)
+    monkeypatch.setattr("manyscale.layers.attention.TOKENS", 2 * math.prod(model.config.grids[0]))
+    seen = []
+    model.stages[0].blocks[0].attention.branch.proj.register_forward_hook(lambda layer, given, found: seen.append(len(found)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), whole)
+    assert seen == ([2, 2, 1] if torch.backends.mkldnn.is_available() else [5])
+
+
 def test_weights_alone_make_the_function(micro):
     """No buffer: everything that is not a parameter follows from the configuration."""
     model = micro()
