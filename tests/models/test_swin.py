@@ -223,7 +223,9 @@ def test_a_batch_in_parts_is_the_whole(micro, size, monkeypatch):
     """In evaluation on a CPU pictures attend some after others; with gradients all at once."""
     model, x = micro(), images(*size, batch=5)
     whole = model(x)
-    monkeypatch.setattr("manyscale.layers.attention.TOKENS", 2 * math.prod(model.config.grids[0]))
+    monkeypatch.setattr(
+        "manyscale.layers.attention.TOKENS", 2 * math.prod(-(-s // p) for s, p in zip(size, model.config.patches, strict=True))
+    )
     seen = []
     model.stages[0].blocks[0].attention.branch.proj.register_forward_hook(lambda layer, given, found: seen.append(len(found)))
     with torch.no_grad():
