@@ -7,6 +7,7 @@ Each class checks its own values when it is made; a `ValueError` names the field
 from manyscale.config.durations import Duration, in_steps, seconds
 from manyscale.config.memory import Memory, read_bytes
 from manyscale.config.nets import NetConfig, Size, SwinConfig, ViTConfig, Windows
+from manyscale.config.parallel import Parallel
 from manyscale.config.run import Augment, Input, Optim, Preprocess, Probe, Run, Schedule, SimMIM, Supernet
 from manyscale.config.supervit import Setting, SuperViTConfig
 from manyscale.config.values import from_dict, nearest, to_dict
@@ -18,6 +19,7 @@ __all__ = [
     "Memory",
     "NetConfig",
     "Optim",
+    "Parallel",
     "Preprocess",
     "Probe",
     "Run",

@@ -9,6 +9,7 @@ from manyscale.config.checks import finite, require
 from manyscale.config.durations import Duration, check_duration, parts, seconds
 from manyscale.config.memory import Memory
 from manyscale.config.nets import NetConfig, SwinConfig
+from manyscale.config.parallel import Parallel
 from manyscale.config.supervit import Setting
 
 
@@ -39,11 +40,12 @@ class Input:
     statistics: Literal["imagenet", "half", "own"] = "imagenet"  # mean and std; half: 0.5; own: measured on the train split
     crop_ratio: float = 0.875  # of the evaluation's centre crop; 0: squash the whole picture
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
-    bad_files: Literal["skip", "stop"] = "skip"  # a picture that cannot be read: leave it out and report it, or end the run
+    bad_files: Literal["skip", "stop"] = "skip"  # what cannot be read: report it, train on another, evaluate without; or end the run
     max_pixels: int = 64_000_000  # larger pictures count as bad before they are decoded (decompression bombs)
     cache: bool = False  # keep decoded pictures in memory: for small sets of small pictures
     resident: bool = False  # keep the training pictures on the device, crop and flip them there by the batch; all of one size
     workers: int = -1  # loader processes; 0: load in the training process; -1: one less than the cores, at most 8
+    loader_timeout: float = 300.0  # seconds for a batch, after which workers count as hung and are replaced; 0: any time
 
     def __post_init__(self) -> None:
         require(0 < self.holdout < 1, "holdout", f"{self.holdout} must be between 0 and 1, such as 0.1")
@@ -51,6 +53,7 @@ class Input:
         require(0 < self.share <= 1, "share", f"{self.share} must be in (0, 1]; 1: all")
         require(0 <= self.crop_ratio <= 1, "crop_ratio", f"{self.crop_ratio} must be 0 (squash) or in (0, 1]")
         require(self.max_pixels >= 1, "max_pixels", f"{self.max_pixels} must be at least 1")
+        require(0 <= self.loader_timeout < math.inf, "loader_timeout", f"{self.loader_timeout} must be 0 (wait on) or seconds, such as 300")
         require(self.workers >= -1, "workers", f"{self.workers} must be -1 (choose), 0 or more")
 
 
@@ -141,7 +144,10 @@ class Schedule:
     patience: int = 0  # stop after this many evaluations without a better one; 0: never
     save_minutes: float = 10.0  # between checkpoints; every evaluation saves one too
     save_steps: int = 0  # a checkpoint every so many steps besides; 0: none
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # checkpoints kept: the newest so many, and always the newest that is whole
+    keep_every: int = 0  # besides, those of every so many steps; 0: none
+    keep_best: bool = False  # besides, that of the best evaluation so far
+    save_beside: bool = True  # write them while the training goes on, which takes a copy in memory
 
     def __post_init__(self) -> None:
         finite(self, "save_minutes")
@@ -155,7 +161,7 @@ class Schedule:
                 check_duration(name, length, least=1, percent=False)
         rising = list(self.milestones) == sorted(self.milestones) and all(0 < m < self.epochs for m in self.milestones)
         require(rising, "milestones", f"{self.milestones} must rise, within the {self.epochs} epochs")
-        for name in ("patience", "save_minutes", "save_steps"):
+        for name in ("patience", "save_minutes", "save_steps", "keep_every"):
             require(getattr(self, name) >= 0, name, f"{getattr(self, name)} must not be negative")
         seconds(self.time)
         if self.branches:
@@ -246,9 +252,11 @@ class Run:
     supernet: Supernet = field(default_factory=Supernet)  # likewise
     fewshot: Probe = field(default_factory=Probe)
     memory: Memory = field(default_factory=Memory)
+    parallel: Parallel = field(default_factory=Parallel)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # of classification; sigmoid: every class a question of its own, summed
-    batch: int = 64  # images per step
-    accumulate: int = 1  # backward passes per step; each takes batch / accumulate images
+    batch: int = 64  # images per step, over all ranks
+    accumulate: int = 1  # backward passes per step, over all ranks; each takes batch / accumulate images. At least one a rank
+    nonfinite: int = 3  # steps in a row whose loss or gradient is not finite, and which are left out, before the run ends; 0: at the first
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes in it
     device: str = "auto"
     compile: bool = False  # torch.compile the training step's net: a minute or two at the start, faster steps after it
@@ -261,6 +269,7 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "log_every"):
             require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
+        require(self.nonfinite >= 0, "nonfinite", f"{self.nonfinite} must be 0 or more")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} must be from 0 to 2^63 - 1")
         require(self.batch % self.accumulate == 0, "accumulate", f"{self.accumulate} must divide the batch {self.batch}")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from manyscale.config import Augment, Preprocess
 from manyscale.data.images import BadImage
-from manyscale.data.loader import BadFile, Batch, order, seed_from, steps_per_epoch
+from manyscale.data.loader import TRIES, BadFile, Batch, Share, instead, order, seed_from, steps_per_epoch
 from manyscale.data.sources import Source
 
-TRIES = 10  # of torchvision's random resized crop, before it takes the middle
+CROPS = 10  # that torchvision's random resized crop tries, before it takes the middle
 
 
 def resident_batches(
@@ -30,6 +30,7 @@ def resident_batches(
     steps: int,
     device: torch.device,
     policy: Literal["skip", "stop"] = "skip",
+    share: Share = (0, 1),
 ) -> Iterator[Batch]:
     """As `data.loader.train_batches`, on `device`: the same order, crops of the same distribution, other draws.
 
@@ -41,7 +42,7 @@ def resident_batches(
         raise ValueError(
             "field `resident`: pictures kept on the device are cropped (`crop` resized) and flipped, no more; use --no-resident"
         )
-    each = steps_per_epoch(len(source), batch)
+    each, (rank, ranks) = steps_per_epoch(len(source), batch), share
     pixels, bad = _read(source, policy)
     pixels, labels = pixels.to(device), torch.tensor([source.label(index) for index in range(len(source))]).to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (pre.mean, pre.std))
@@ -50,12 +51,22 @@ def resident_batches(
         if position == 0 or step == start_step:
             indices = order(len(source), seed, epoch)
             crops, flips = (t.to(device) for t in draw(len(source), augment, pixels.shape[-2:], seed_from(seed, epoch, -1)))
-        chosen = indices[position * batch : (position + 1) * batch].tolist()
-        good = [index for index in chosen if index not in bad]
+        first = position * batch + rank * (batch // ranks)
+        chosen = indices[first : first + batch // ranks].tolist()
+        good = [_good(index, epoch, bad, seed, len(source)) for index in chosen]
         rows = torch.tensor(good, dtype=torch.int64, device=device)
         images = crop(pixels[rows].float(), crops[rows], flips[rows], pre.image_size, pre.interpolation)
         images = (images.clamp(0, 255) / 255 - mean) / std
         yield Batch(images, labels[rows], tuple(map(source.name, good)), tuple(bad[index] for index in chosen if index in bad))
+
+
+def _good(index: int, epoch: int, bad: dict[int, BadFile], seed: int, count: int) -> int:
+    """The sample itself, or the one that the loader shows for a bad file."""
+    tried = (index, *(instead((epoch, index, 0), attempt, seed, count) for attempt in range(1, TRIES)))
+    good = next((i for i in tried if i not in bad), None)
+    if good is None:
+        raise ValueError(f"{bad[index].path}: {bad[index].reason}, and neither can {TRIES - 1} others that were drawn in its place be read")
+    return good
 
 
 def _read(source: Source, policy: str) -> tuple[Tensor, dict[int, BadFile]]:
@@ -69,6 +80,8 @@ def _read(source: Source, policy: str) -> tuple[Tensor, dict[int, BadFile]]:
             if policy == "stop":
                 raise ValueError(f"{error}; repair or remove the file, or leave such files out with `bad_files` skip") from None
             bad[index] = BadFile(error.path, error.reason)
+    if not pictures:
+        raise ValueError(f"no training picture can be read; the first: {bad[0].path}: {bad[0].reason}")
     sizes: dict[tuple[int, ...], int] = {}  # and the first picture of each
     for index, picture in pictures.items():
         sizes.setdefault(picture.shape, index)
@@ -78,7 +91,7 @@ def _read(source: Source, policy: str) -> tuple[Tensor, dict[int, BadFile]]:
             f"field `resident`: {source.path(a)} has {first[1]} x {first[0]} pixels, {source.path(b)} {other[1]} x {other[0]}; pictures "
             "kept on the device are of one size; use --no-resident"
         )
-    shape = next(iter(sizes), (1, 1, 3))
+    shape = next(iter(sizes))
     whole = np.zeros((len(source), *shape), dtype=np.uint8)
     for index, picture in pictures.items():
         whole[index] = picture
@@ -92,12 +105,12 @@ def draw(count: int, augment: Augment, size: tuple[int, int], seed: int) -> tupl
         crops (count, 4) int64: top, left, height and width in the picture's pixels; flips (count,) bool.
     """
     height, width = size
-    chance = torch.rand(count, 2 * TRIES + 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    areas, shapes, (down, across, turned) = chance[:, :TRIES], chance[:, TRIES : 2 * TRIES], chance[:, 2 * TRIES :].T
+    chance = torch.rand(count, 2 * CROPS + 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    areas, shapes, (down, across, turned) = chance[:, :CROPS], chance[:, CROPS : 2 * CROPS], chance[:, 2 * CROPS :].T
     area = height * width * (augment.scale[0] + areas * (augment.scale[1] - augment.scale[0]))
     narrow, broad = torch.tensor(augment.ratio, dtype=torch.float64).log()
     ratio = (narrow + shapes * (broad - narrow)).exp()  # of width to height
-    wide, high = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()  # (count, TRIES)
+    wide, high = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()  # (count, CROPS)
     fits = (wide > 0) & (wide <= width) & (high > 0) & (high <= height)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)  # the first that fits; argmax of equal values: the first
     any_fits = fits.any(1)

@@ -64,8 +64,10 @@ class MaskedImages(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) and their mask (B, h, w) of patches, True where hidden -> pixels (B, 3, H, W)."""
-        pixels = self.head(self.encoder.last_map(x, mask))
-        return pixels[..., : x.shape[-2], : x.shape[-1]]  # what padding added is cut off
+        pixels, (height, width) = self.head(self.encoder.last_map(x, mask)), x.shape[-2:]
+        if pixels.shape[-2:] == (height, width):
+            return pixels
+        return pixels[..., :height, :width]  # what padding added is cut off
 
 
 def save_masked(model: MaskedImages, folder: Path | str) -> None:

@@ -14,7 +14,8 @@ from manyscale.data.images import BadImage
 from manyscale.data.loader import Batch
 from manyscale.data.transforms import eval_transform, mix
 from manyscale.models import Net, build, load, save
-from manyscale.tasks.pictures import Pictures, Report
+from manyscale.ranks import ALONE, Ranks
+from manyscale.tasks.pictures import Pictures, Report, all_reported, something
 
 
 class Classify(Pictures):
@@ -44,7 +45,7 @@ class Classify(Pictures):
 
     def evaluate(self, model: nn.Module, device: torch.device, precision: torch.dtype, report: Report) -> dict[str, float]:
         """Top-1 and top-5 accuracy and loss on the held-out split, over the files that could be read."""
-        return score(model, self.eval_batches(), device, precision, report, loss=self.run.loss)
+        return score(model, self.eval_batches(), device, precision, report, loss=self.run.loss, ranks=self.ranks)
 
     def save(self, model: Net, folder: Path) -> None:
         """Write a model with what prediction needs to know."""
@@ -98,33 +99,31 @@ def score(
     report: Report,
     classes: Tensor | None = None,
     loss: Literal["softmax", "sigmoid"] = "softmax",
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Top-1, top-5 and mean loss of a model over batches, every picture counted once.
 
     Args:
         classes: (K,) int64, the model's class for each of the set's, where the two are not in the same order.
+        ranks: who share the batches.
 
     Raises:
         ValueError: no picture could be read.
     """
-    was_training, count = model.training, 0
+    was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for batch in batches:
-        for bad in batch.bad:
-            report(bad.path, bad.reason)
-        if not len(batch.labels):
-            continue
+    sums = torch.zeros(4, dtype=torch.float64)
+    for batch in all_reported(batches, report, ranks):
         labels = (batch.labels if classes is None else classes[batch.labels]).to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(batch.images.to(device)).float()
-        sums += tally(logits, labels, loss)
-        count += len(labels)
+            logits = model(something(batch.images).to(device)).float()[: len(labels)]
+        sums += torch.cat([tally(logits, labels, loss), torch.tensor([len(labels)])])
     model.train(was_training)
+    *sums, count = ranks.total(sums).tolist()
     if not count:
         raise ValueError("no picture of the held-out split could be read; see bad_files.jsonl")
-    top1, top5, mean = (sums / count).tolist()
-    return {"accuracy": top1, "top5": top5, "val_loss": mean, "pictures": count}
+    top1, top5, mean = (total / count for total in sums)
+    return {"accuracy": top1, "top5": top5, "val_loss": mean, "pictures": int(count)}
 
 
 def tally(logits: Tensor, labels: Tensor, loss: str = "softmax") -> Tensor:

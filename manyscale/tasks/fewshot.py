@@ -23,7 +23,8 @@ from manyscale.data.loader import eval_batches, worker_count
 from manyscale.data.sources import Part, Source, open_split
 from manyscale.data.transforms import Transform, few_shot_transform
 from manyscale.models import Net
-from manyscale.tasks.pictures import Report
+from manyscale.ranks import ALONE, Ranks
+from manyscale.tasks.pictures import Report, all_reported, something
 
 SHOTS = (1, 5, 10, 25)
 L2 = 2.0**10  # for D of 768 and more, N in the thousands; small features want less, so give a grid
@@ -282,11 +283,13 @@ def embed(
     device: torch.device | None = None,
     precision: torch.dtype = torch.float32,
     policy: Literal["skip", "stop"] = "skip",
+    ranks: Ranks = ALONE,
 ) -> Embedded:
     """The pooled features of all pictures of a source, in evaluation mode; the model is left in the mode it was in.
 
     Args:
         report: called with path and reason of every picture that could not be read; it is left out.
+        ranks: who share the pictures; each has all features in the end.
         workers: loader processes, as `data.loader.worker_count` gives.
         device: where the model is; left out: the CPU.
 
@@ -295,21 +298,24 @@ def embed(
     """
     device, was_training = device or torch.device("cpu"), model.training
     features, labels, bad = [torch.empty(0, 0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)], set()
+
+    def left_out(path: str, reason: str) -> None:
+        report(path, reason)
+        bad.add(path)
+
     model.eval()
+    batches = eval_batches(source, transform, batch=batch, workers=workers, policy=policy, share=(ranks.rank, ranks.count))
     try:
-        for read in eval_batches(source, transform, batch=batch, workers=workers, policy=policy):
-            for file in read.bad:
-                report(file.path, file.reason)
-                bad.add(file.path)
-            if len(read.labels):
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    pooled = model.features(read.images.to(device)).pooled
-                features.append(pooled.float().cpu().double())  # not every accelerator has float64
-                labels.append(read.labels)
+        for read in all_reported(batches, left_out, ranks):
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                pooled = model.features(something(read.images).to(device)).pooled
+            features.append(pooled.float().cpu().double()[: len(read.labels)])  # not every accelerator has float64
+            labels.append(read.labels)
     finally:
         model.train(was_training)
+    whole, targets = (ranks.in_turns(parts[1:]) or parts[:1] for parts in (features, labels))
     kept = [index for index in range(len(source)) if not bad or source.path(index) not in bad]
-    return Embedded(torch.cat(features[1:] or features), torch.cat(labels), np.array(kept, dtype=np.int64))
+    return Embedded(torch.cat(whole), torch.cat(targets), np.array(kept, dtype=np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +339,7 @@ class FewShot:
     batch: int = 64  # pictures at a time
     workers: int = 0  # loader processes
     policy: Literal["skip", "stop"] = "skip"  # for bad files
+    ranks: Ranks = ALONE  # who share the pictures
 
     def __post_init__(self) -> None:
         _checked(self.shots, self.seeds, self.l2s)
@@ -353,7 +360,7 @@ class FewShot:
         """All there is to know. The model is on the device; its pictures are squashed, and cropped to `preprocess.image_size`."""
         shots, l2s = _checked(self.shots, self.seeds, self.l2s)
         transform = few_shot_transform(preprocess)
-        reading = {"batch": self.batch, "workers": self.workers, "policy": self.policy}
+        reading = {"batch": self.batch, "workers": self.workers, "policy": self.policy, "ranks": self.ranks}
         look = partial(embed, model, transform=transform, report=report, device=device, precision=precision, **reading)
         drawn, train = self._draw(look, shots)
         test = look(self.test)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from manyscale.data.sources import open_splits
 from manyscale.data.transforms import eval_transform, preprocess_for, train_transform
 from manyscale.models import Net, ViT, transfer
 from manyscale.models.kin import to_supervit
+from manyscale.ranks import ALONE, Ranks
 
 Report = Callable[[str, str], Any]  # what to call with the path and the reason of a file that could not be read
 
@@ -30,6 +31,9 @@ class Pictures:
     Raises:
         ValueError: data that cannot be used, named with the fix.
     """
+
+    ranks = ALONE  # who share the pictures
+    passes_many = False  # whether a step has several passes, of which some leave parameters untouched
 
     def __init__(self, run: Run, *, labelled: bool) -> None:
         if isinstance(run.model, SuperViTConfig) and not labelled:
@@ -55,6 +59,11 @@ class Pictures:
             return replace(run, model=replace(run.model, classes=len(self.labels)))
         return replace(run, model=replace(run.model, classes=len(self.labels), mask_token=not self.labels))
 
+    def share(self, ranks: Ranks) -> None:
+        """Take this rank's share of all pictures from here on."""
+        self.ranks = ranks
+        self.probes = {name: replace(probe, ranks=ranks) for name, probe in self.probes.items()}
+
     def compile(self, model: nn.Module) -> None:
         """torch.compile what the training step calls."""
         model.compile()
@@ -74,18 +83,22 @@ class Pictures:
         return f"{len(self.splits.train):,} pictures{classes}, {len(self.splits.val):,} held out"
 
     def train_batches(self, start: int, steps: int, device: torch.device) -> Iterator[Batch]:
-        """The batches of steps `start` to `steps` - 1 for a net on `device`, a pure function of the seed."""
-        run, source = self.run, self.splits.train
-        common = {"batch": run.batch, "seed": run.seed, "start_step": start, "steps": steps, "policy": run.input.bad_files}
+        """This rank's share of the batches of steps `start` to `steps` - 1 for a net on `device`, a pure function of the seed."""
+        run, source, share = self.run, self.splits.train, (self.ranks.rank, self.ranks.count)
+        common = {"batch": run.batch, "seed": run.seed, "start_step": start, "steps": steps, "policy": run.input.bad_files, "share": share}
         if run.input.resident:
             return resident_batches(source, self.preprocess, run.augment, device=device, **common)
         more = {"workers": worker_count(run.input.workers), "repeats": run.augment.repeats, "pin_memory": device.type == "cuda"}
+        more["timeout"] = run.input.loader_timeout
         return train_batches(source, train_transform(self.preprocess, run.augment), **more, **common)
 
     def eval_batches(self) -> Iterator[Batch]:
-        """The held-out pictures, each once, in order."""
+        """This rank's share of the held-out pictures, in order: whole batches, as many as every other rank has."""
         run, transform, workers = self.run, eval_transform(self.preprocess), worker_count(self.run.input.workers)
-        return eval_batches(self.splits.val, transform, batch=run.batch, workers=workers, policy=run.input.bad_files)
+        share, timeout = (self.ranks.rank, self.ranks.count), run.input.loader_timeout
+        return eval_batches(
+            self.splits.val, transform, batch=run.batch, workers=workers, policy=run.input.bad_files, share=share, timeout=timeout
+        )
 
     def fingerprint(self) -> str:
         """A hash of the set's classes and of the names of its files, in order: what the order of samples depends on."""
@@ -112,3 +125,19 @@ class Pictures:
                 f"field `init`: {self.run.init} holds a net of kind {kinds[0]}, the recipe's is a {kinds[1]}; take a recipe of its kind"
             )
         return transfer(old, **model.layout, classes=classes, drop_path=model.drop_path, mask_token=mask_token, table=table)
+
+
+def all_reported(batches: Iterable[Batch], report: Report, ranks: Ranks = ALONE) -> Iterator[Batch]:
+    """The batches as they come; at the end, the bad files of all ranks are reported on each."""
+    met: dict[str, str] = {}
+    for batch in batches:
+        met |= {bad.path: bad.reason for bad in batch.bad}
+        yield batch
+    for files in ranks.collect(met):
+        for path, reason in files.items():
+            report(path, reason)
+
+
+def something(images: Tensor) -> Tensor:
+    """The pictures (B, 3, H, W), or one black one where there are none: ranks that share a net pass it as often as the others."""
+    return images if len(images) else images.new_zeros(1, *images.shape[1:])

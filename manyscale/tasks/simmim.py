@@ -19,7 +19,8 @@ from manyscale.data.transforms import eval_transform
 from manyscale.heads.pixels import MaskedImages, load_masked, save_masked
 from manyscale.models import build, load
 from manyscale.ops.tokens import block_mask
-from manyscale.tasks.pictures import Pictures, Report
+from manyscale.ranks import ALONE, Ranks
+from manyscale.tasks.pictures import Pictures, Report, all_reported, something
 
 
 class Pretrain(Pictures):
@@ -52,7 +53,7 @@ class Pretrain(Pictures):
 
     def evaluate(self, model: nn.Module, device: torch.device, precision: torch.dtype, report: Report) -> dict[str, float]:
         """The loss on the held-out pictures."""
-        return score(model, self.eval_batches(), self.run.simmim, self.run.model.patches, device, precision, report)
+        return score(model, self.eval_batches(), self.run.simmim, self.run.model.patches, device, precision, report, self.ranks)
 
     def save(self, model: MaskedImages, folder: Path) -> None:
         """Write the encoder, which `--init` and `ms.load` take, and the head beside it."""
@@ -81,28 +82,27 @@ def score(
     device: torch.device,
     precision: torch.dtype,
     report: Report,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """The loss of a model over batches, every picture counted once and hidden by the same mask at every call.
+    """The loss of a model over batches, every picture counted once and hidden by the same mask at every call, on any number of ranks.
 
     Raises:
         ValueError: no picture could be read, or the mask unit does not fit.
     """
-    was_training, total, count = model.training, 0.0, 0
+    was_training, sums = model.training, torch.zeros(2, dtype=torch.float64)
     model.eval()
-    for number, batch in enumerate(batches):
-        for bad in batch.bad:
-            report(bad.path, bad.reason)
-        if not len(batch.images):
-            continue
-        mask = masks_for(batch.images, settings, patches, torch.Generator().manual_seed(seed_from(number)))
+    for number, batch in enumerate(all_reported(batches, report, ranks)):
+        images, count = something(batch.images), len(batch.images)
+        whose = torch.Generator().manual_seed(seed_from(number * ranks.count + ranks.rank))
+        mask = masks_for(images, settings, patches, whose)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss = painting_loss(model, batch.images.to(device), mask.to(device), settings.target_window, patches)
-        total += loss.item() * len(batch.images)
-        count += len(batch.images)
+            loss = painting_loss(model, images.to(device), mask.to(device), settings.target_window, patches)
+        sums += torch.tensor([loss.item() * count, count])
     model.train(was_training)
+    total, count = ranks.total(sums).tolist()
     if not count:
         raise ValueError("no picture of the held-out split could be read; see bad_files.jsonl")
-    return {"l1": total / count, "pictures": count}
+    return {"l1": total / count, "pictures": int(count)}
 
 
 def masks_for(images: Tensor, settings: SimMIM, patches: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

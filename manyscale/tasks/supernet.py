@@ -24,8 +24,9 @@ from manyscale.data.transforms import eval_transform
 from manyscale.models import Net, compile_settings, load
 from manyscale.models.supervit import Answers, Seen, SuperViT
 from manyscale.ops.images import resized
+from manyscale.ranks import ALONE, Ranks
 from manyscale.tasks.classify import LOSSES, Classify, softmax_loss, tally
-from manyscale.tasks.pictures import Report
+from manyscale.tasks.pictures import Report, all_reported, something
 
 Box = tuple[int, int, int, int]
 """(top, left, bottom, right) in patches."""
@@ -39,6 +40,7 @@ class LearnMany(Classify):
     """
 
     metric, better = "mean_accuracy", max  # over the settings
+    passes_many = True
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -159,7 +161,7 @@ class LearnMany(Classify):
     def evaluate(self, model: nn.Module, device: torch.device, precision: torch.dtype, report: Report) -> dict[str, float]:
         """Top-1, top-5 and loss at the most expensive setting, top-1 at every one, and the mean of these, on the held-out split."""
         settings = self.settings if self.run.supernet.watch == "all" else (self.settings[0], self.settings[-1])
-        return score_settings(model, self.eval_batches(), settings, device, precision, report, self.run.loss)
+        return score_settings(model, self.eval_batches(), settings, device, precision, report, self.run.loss, self.ranks)
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path | str) -> None:
@@ -330,30 +332,28 @@ def score_settings(
     precision: torch.dtype,
     report: Report,
     loss: str = "softmax",
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Top-1 of a model at every setting, `accuracy 160/0.7`, their mean, and of the last top-1, top-5 and loss. Pictures are read once.
 
     Raises:
         ValueError: no picture could be read.
     """
-    settings, was_training, count = tuple(settings), model.training, 0
+    settings, was_training = tuple(settings), model.training
     model.eval()
-    sums = torch.zeros(len(settings), 3, dtype=torch.float64)
-    for batch in batches:
-        for bad in batch.bad:
-            report(bad.path, bad.reason)
-        if not len(batch.labels):
-            continue
-        images, labels = batch.images.to(device), batch.labels.to(device)
+    sums = torch.zeros(len(settings), 4, dtype=torch.float64)
+    for batch in all_reported(batches, report, ranks):
+        images, labels = something(batch.images).to(device), batch.labels.to(device)
         for i, setting in enumerate(settings):
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                logits = model(images, setting=setting).float()
-            sums[i] += tally(logits, labels, loss)
-        count += len(labels)
+                logits = model(images, setting=setting).float()[: len(labels)]
+            sums[i] += torch.cat([tally(logits, labels, loss), torch.tensor([len(labels)])])
     model.train(was_training)
+    sums = ranks.total(sums)
+    count = int(sums[0, 3])
     if not count:
         raise ValueError("no picture of the held-out split could be read; see bad_files.jsonl")
-    means = (sums / count).tolist()
+    means = (sums[:, :3] / count).tolist()
     each = {f"accuracy {setting}": top1 for setting, (top1, _, _) in zip(settings, means, strict=True)}
     top1, top5, mean_loss = means[-1]
     mean = math.fsum(each.values()) / len(each)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from manyscale.config import Run, from_dict, in_steps, to_dict
+from manyscale.ranks import joined
 from manyscale.storage import read_json, write, write_json
 from manyscale.tasks import open_task
 from manyscale.tasks.pictures import Pictures
 from manyscale.train import loop
-from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from manyscale.train.folder import check_recipe, only_one
+from manyscale.train.checkpoint import checkpoints, copy_checkpoint, newest_checkpoint
+from manyscale.train.folder import check_recipe, entered
 from manyscale.train.schedule import cooldown_steps, warmup_steps
 
 
@@ -35,30 +36,33 @@ def train(run: Run) -> dict[str, Any]:
     if not run.schedule.branches:
         return loop.train(run)
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder):
+    with joined(run.device, run.parallel.timeout) as ranks, entered(folder, ranks):
         if (folder / "recipe.json").exists():
             check_recipe(folder, run)
         task = open_task(run)
         branches = _branches(run, task.steps_per_epoch)
-        write_json(folder / "recipe.json", to_dict(run))
+        if ranks.leads:
+            write_json(folder / "recipe.json", to_dict(run))
         starts = {name: length - cooldown for name, (length, cooldown) in branches.items()}
         last = max(starts.values())
         trunk = _trunk(run, last + 1)  # a step more than it will be asked for: it comes to no end of its own
         summaries = {}
         for name in sorted(branches, key=lambda name: starts[name]):
             branch = _branch(run, name)
-            if not checkpoints(Path(branch.folder)):
+            if not ranks.tell(bool(checkpoints(Path(branch.folder)))):
                 loop.train(trunk, until=starts[name], task=task)
-                _seed(Path(trunk.folder), branch, branches[name][0])
+                if ranks.leads:
+                    _seed(Path(trunk.folder), branch, branches[name][0])
+                ranks.wait()
             summaries[name] = _finished(branch, task)
         computed = last + sum(cooldown for _, cooldown in branches.values())
         alone = sum(length for length, _ in branches.values())
         longest = summaries[max(branches, key=lambda name: branches[name][0])]
         summary = {"recipe": run.recipe, "task": run.task, "best": longest["best"], "last": longest["last"], "seconds": longest["seconds"]}
         summary |= {"branches": summaries, "steps": computed, "steps_alone": alone}
-        write_json(folder / "summary.json", summary)
-        print(f"{run.recipe}: {len(branches)} branches in {folder}, {computed:,} steps in all; each on its own, {alone:,}")
+        if ranks.leads:
+            write_json(folder / "summary.json", summary)
+            print(f"{run.recipe}: {len(branches)} branches in {folder}, {computed:,} steps in all; each on its own, {alone:,}")
         return summary
 
 
@@ -108,16 +112,14 @@ def _seed(trunk: Path, branch: Run, length: int) -> None:
     """Give a branch the trunk's state, and its word on how it came there; a killed seeding leaves no checkpoint and is done again."""
     folder = Path(branch.folder)
     folder.mkdir(exist_ok=True)
-    found = load_checkpoint(trunk, print)
+    found = newest_checkpoint(trunk, print)
     if not found:
         raise ValueError(f"{trunk}: no checkpoint is whole; remove {trunk.parent} and begin again")
-    tensors, values = found
     whole = from_dict(Run, read_json(trunk / "recipe.json"), str(trunk / "recipe.json"))  # with what the data said about it
     write_json(folder / "recipe.json", to_dict(replace(whole, recipe=branch.recipe, schedule=branch.schedule, out=branch.out)))
     if (trunk / "metrics.jsonl").exists():
         write(folder / "metrics.jsonl", (trunk / "metrics.jsonl").read_text())
-    values |= {"steps": length, "best": None, "best_step": 0, "stale": 0}  # weights before the cooldown are not the branch's
-    save_checkpoint(folder, values["step"], tensors, values)
+    copy_checkpoint(found, folder, {"steps": length, "best": None, "best_step": 0, "stale": 0})  # what was best before is not the branch's
 
 
 def _finished(branch: Run, task: Pictures) -> dict[str, Any]:

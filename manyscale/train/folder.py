@@ -3,16 +3,21 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from manyscale.config import Run, from_dict, to_dict
+from manyscale.ranks import Ranks
 from manyscale.storage import read_json
 
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
-FREE = {"out", "device", "precision", "compile", "log_every", "tensorboard", "input.workers", "input.cache", "schedule.save_minutes",
-        "schedule.save_steps", "schedule.keep"}  # fmt: skip
+FREE = {
+    *("out", "device", "precision", "compile", "log_every", "tensorboard", "nonfinite"),
+    *("input.workers", "input.cache", "input.loader_timeout"),
+    *(f"schedule.{name}" for name in ("save_minutes", "save_steps", "save_beside", "keep", "keep_every", "keep_best")),
+    *(f"parallel.{name}" for name in ("shard", "shard_group", "offload", "timeout")),
+}
 
 
 _held: set[IO[str]] = set()
@@ -37,6 +42,23 @@ def only_one(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(lock)
+
+
+@contextmanager
+def entered(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Be in a run's folder, made where it is not there; the leader holds its lock for all. Raises as `only_one`, on every rank."""
+    failure = None
+    with ExitStack() as held:
+        if ranks.leads:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_one(folder))
+            except (ValueError, OSError) as error:
+                failure = error
+        said = ranks.tell(str(failure) if failure else "")
+        if said:
+            raise failure or ValueError(said)
+        yield
 
 
 def check_task(folder: Path, run: Run) -> None:

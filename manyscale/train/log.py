@@ -94,6 +94,34 @@ class Log:
         write(self.folder / "curves.png", lambda path: draw_curves(records, path))
 
 
+class Silence(Log):
+    """The voice of a rank that does not lead: none."""
+
+    def __init__(self, folder: Path, name: str, *, step: int, tensorboard: bool = False) -> None:
+        self.folder, self.name, self.bad_files = folder, name, set()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, step: int, steps: int, **numbers: float) -> None:
+        pass
+
+    def record(self, values: dict[str, Any]) -> None:
+        pass
+
+    def bad_file(self, path: str, reason: str) -> None:
+        self.bad_files.add(path)
+
+    def curves(self) -> None:
+        pass
+
+
 def memory_gib() -> float:
     """Peak memory so far: of the accelerator where there is one, else of this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

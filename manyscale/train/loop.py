@@ -1,15 +1,18 @@
 """One loop for every task: what to learn is the task's, when and for how long is decided here.
 
 A run is a pure function of its recipe: the order and augmentation of samples follow from (seed, epoch, sample), the
-randomness of a step from (seed, step). So a run that was killed goes on from its last checkpoint to the same weights.
+randomness of a step from (seed, step, part of the batch). So a run that was killed goes on from its last checkpoint to the same
+weights, and ranks that share its parts take the same steps as one process. All ranks go through this file together: what decides
+the way is agreed on first.
 """
 
+import io
 import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +21,19 @@ import torch
 from torch import nn
 
 from manyscale.config import Run, seconds, to_dict
-from manyscale.data.loader import seed_from
+from manyscale.ranks import ALONE, Ranks, joined
 from manyscale.storage import write, write_json
 from manyscale.tasks import open_task
 from manyscale.tasks.pictures import Pictures
-from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tidy
-from manyscale.train.folder import check_recipe, check_task, only_one
-from manyscale.train.log import Log
-from manyscale.train.optim import set_rate
+from manyscale.train.checkpoint import Writer, checkpoints, newest_checkpoint
+from manyscale.train.folder import check_recipe, check_task, entered
+from manyscale.train.log import Log, Silence
 from manyscale.train.schedule import cooldown_steps, evaluation_steps, planned_steps, rate, total_rate
 from manyscale.train.shard import fit
+from manyscale.train.spread import Spread
 from manyscale.train.state import State, pick_device, pick_precision
+from manyscale.train.step import Step, eager
+from manyscale.train.watch import Watch, is_loss
 
 CALIBRATION_STEPS = 15
 DRAW_SECONDS = 60.0  # at least, between two drawings of samples
@@ -58,47 +63,62 @@ def train(run: Run, *, until: int = 0, task: Pictures | None = None) -> dict[str
         Stopped: SIGTERM or Ctrl-C (a checkpoint was written), or a non-finite loss (the last good one is kept).
     """
     began, folder = time.monotonic(), Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder):
+    with joined(run.device, run.parallel.timeout) as ranks, entered(folder, ranks), Watch(ranks, folder) as watch:
         check_task(folder, run)
         try:
-            return _Training(folder, task.of(run) if task else open_task(run), began, until or ENDLESS).go()
+            return _Training(folder, task.of(run) if task else open_task(run), began, ranks, watch, until or ENDLESS).go()
         except torch.OutOfMemoryError as error:
             advice = "the same batch in parts takes less: --accumulate 2, 4, ..."
             raise Stopped(f"out of memory: {str(error).splitlines()[0]}; {advice}", 1) from None
+        except RuntimeError as error:
+            if not is_loss(error):
+                raise
+            who = f"rank {ranks.rank}, step {watch.step}: {watch.missing()}"
+            raise Stopped(f"{who}; see {folder}/stacks ({str(error).splitlines()[0]})", 1) from error
 
 
 class _Training:
     """One sitting of a run."""
 
-    def __init__(self, folder: Path, task: Any, began: float, until: int = ENDLESS) -> None:
-        self.folder, self.task, self.until = folder, task, until
+    def __init__(
+        self, folder: Path, task: Any, began: float, ranks: Ranks = ALONE, watch: Watch | None = None, until: int = ENDLESS
+    ) -> None:
+        self.folder, self.task, self.ranks, self.watch, self.until = folder, task, ranks, watch or Watch(ranks, folder), until
+        task.share(ranks)
         self.device = pick_device(task.run.device)
         self.precision = pick_precision(task.run.precision, self.device)
+        options = {"device": self.device, "precision": self.precision, "passes_many": task.passes_many}
+        spread = Spread(task.run.parallel, ranks, **options)
         torch.manual_seed(task.run.seed)
-        model = task.model()
+        model = spread.made(task.model, fresh=not task.run.init)
         self.run: Run = replace(task.run, model=model.config)
-        self.state = State(fit(model.to(self.device), self.run.memory), self.run.optim)
+        self.state = State(fit(model, self.run.memory), self.run.optim, spread)
+        self.step = Step(self.run, task, self.state, ranks, self.device, self.precision)
         if task.run.compile:
+            if ranks.count > 1 and task.passes_many:
+                raise ValueError("field `compile`: a net of many settings is compiled in one process alone; give --no-compile")
             task.compile(self.state.model)
         self.signal = 0
         self.began, self.saved, self.drawn = began, time.monotonic(), time.monotonic()  # opening the data counts towards a time budget
 
     def go(self) -> dict[str, Any]:
         notes: list[str] = []
-        found = load_checkpoint(self.folder, notes.append)
+        found = newest_checkpoint(self.folder, notes.append, self.ranks)
         if found:
             check_recipe(self.folder, self.run)
-            self.state.restore(*found)
+            self.state.restore(found, self.ranks)
             notes.append(f"going on from step {self.state.clock.step} of {self.state.clock.steps}")
-        elif (self.folder / "summary.json").exists() or any(self.folder.glob("damaged_*")):
+        elif self.ranks.tell((self.folder / "summary.json").exists() or any(self.folder.glob("damaged_*"))):
             raise ValueError(f"{self.folder}: a run stood here, but no checkpoint of it is whole; give another --out")
         self.clock = self.state.clock
         self._check_surroundings()
-        write_json(self.folder / "recipe.json", to_dict(self.run))
-        self.before = self.clock.seconds
+        self._share_out(notes)
+        if self.ranks.leads:
+            write_json(self.folder / "recipe.json", to_dict(self.run))
+        self.before, self.writer = self.clock.seconds, Writer(self.ranks, beside=self.run.schedule.save_beside)
+        speaker = Log if self.ranks.leads else Silence
         with (
-            Log(self.folder, self.run.recipe or self.run.task, step=self.clock.step, tensorboard=self.run.tensorboard) as self.log,
+            speaker(self.folder, self.run.recipe or self.run.task, step=self.clock.step, tensorboard=self.run.tensorboard) as self.log,
             self._signals(),
         ):
             for note in notes:
@@ -111,9 +131,29 @@ class _Training:
             self._introduce()
             try:
                 self._steps()
+                self.writer.wait()
+            except (Stopped, torch.OutOfMemoryError):  # others leave no ranks that could finish it together
+                self.writer.wait()
+                raise
             finally:
                 self.log.curves()
             return self._finish() if self.clock.step >= self.clock.steps else {}
+
+    def _share_out(self, notes: list[str]) -> None:
+        """Decide into how many parts a batch falls, each passed on its own: as many as before where the ranks can share them."""
+        run, clock, count = self.run, self.clock, self.ranks.count
+        before, parts = clock.parts, max(run.accumulate, count)
+        if before and before % count == 0:
+            parts = before
+        if parts % count or run.batch % parts:
+            raise ValueError(f"field `accumulate`: {count} ranks do not share {parts} parts of a batch of {run.batch} evenly")
+        if run.parallel.elastic == "exact" and parts & (parts - 1):
+            raise ValueError(f"field `elastic`: exact sums by pairs; {parts} parts of a batch are no power of two: give --accumulate so")
+        if before and before != parts:
+            if run.parallel.elastic == "exact":
+                raise ValueError(f"field `elastic`: the run began with {before} parts of a batch, which {count} ranks cannot share")
+            notes.append(f"a batch falls into {parts} parts now, not {before}: what is drawn at random within one differs from here on")
+        clock.parts = parts
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
@@ -125,15 +165,16 @@ class _Training:
             return
         seen, since, losses = 0, time.monotonic(), []
         for batch in self.task.train_batches(clock.step, ENDLESS, self.device):
-            for bad in batch.bad:
-                self.log.bad_file(bad.path, bad.reason)
             lr = rate(self.run, clock.step, clock.steps, self.task.steps_per_epoch)
-            if len(batch.labels):  # else every picture of it was bad
-                losses.append(self._step(batch, lr))
-                seen += len(batch.labels)
+            self.watch.step = clock.step + 1
+            loss = self._step(batch, lr)
+            if math.isfinite(loss):
+                losses.append(loss)
+                seen += self.run.batch
             clock.step += 1
             clock.seconds = self.before + time.monotonic() - self.began
-            if clock.seconds >= budget and clock.step < clock.steps:
+            asked, over, save = self._agree(batch, clock.seconds >= budget)
+            if over and clock.step < clock.steps:
                 self.log.note(f"{self.run.schedule.time} are over {clock.steps - clock.step} steps before the planned end")
                 clock.steps = clock.step
             done = clock.step >= min(clock.steps, self.until)
@@ -145,93 +186,49 @@ class _Training:
                 epoch = clock.step / self.task.steps_per_epoch
                 self.log.record({"step": clock.step, "epoch": epoch, "loss": mean, "lr": lr, "images_per_second": seen / spent})
                 seen, since, losses = 0, time.monotonic(), []
-            if self.signal:
+            if asked:
                 self._save()
-                name = signal.Signals(self.signal).name
+                self.writer.wait()
+                name = signal.Signals(asked).name
                 again = "the same command goes on from here"
-                raise Stopped(f"{name}: saved step {clock.step} of {clock.steps} in {self.folder}; {again}", 128 + self.signal)
+                raise Stopped(f"{name}: saved step {clock.step} of {clock.steps} in {self.folder}; {again}", 128 + asked)
             if self._evaluation_due():
                 self._evaluate()
                 since, seen, losses = time.monotonic(), 0, []
-            elif self._checkpoint_due():
+            elif save:
                 self._save()
             if clock.step >= min(clock.steps, self.until):
                 break
         if clock.step < clock.steps:
             self._save()
 
+    def _agree(self, batch: Any, over: bool) -> tuple[int, bool, bool]:
+        """What the ranks do after a step: leave for a signal that one got; end, or save, because the leader's clock says so."""
+        told = self.ranks.gather([self.signal, over, self._checkpoint_due(), len(batch.bad)])
+        if told[:, 3].any():
+            for files in self.ranks.collect([list(bad) for bad in batch.bad]):
+                for path, reason in files:
+                    self.log.bad_file(path, reason)
+        return int(told[:, 0].max()), bool(told[0, 1]), bool(told[0, 2])
+
     def _step(self, batch: Any, lr: float) -> float:
-        """One optimiser step at learning rate `lr`; its loss, the mean over the batch."""
-        state, run, clock = self.state, self.run, self.clock
-        set_rate(state.optimiser, lr)
-        state.model.train()
-        torch.manual_seed(seed_from(run.seed, clock.step))
-        images, targets = self.task.targets(batch, self.device)
-        total = torch.zeros((), device=self.device)
-        for part in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
-            randomness = _random_states()
-            for loss in self._losses(part):
-                loss = loss * (len(part[0]) / len(images))
-                loss.backward()
-                total += loss.detach()
-            if not torch.isfinite(total):
-                _random_states(randomness)
-                self._blame(part, batch.ids)
-        parameters = [p for p in state.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if not torch.isfinite(norm):
-            first = next(name for name, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-            self._stop_bad(f"the gradient of {first} is not finite", batch.ids)
-        if run.optim.clip:
-            nn.utils.clip_grads_with_norm_(parameters, run.optim.clip, norm)
-        state.optimiser.step()
-        state.optimiser.zero_grad()
-        if state.ema:
-            state.ema.update_parameters(state.model)
-        return total.item()
+        """One optimiser step at learning rate `lr`; its loss, or NaN where it was left out. Too many of those in a row end the run."""
+        clock = self.clock
+        loss, fault = self.step.take(batch, lr, clock.step, clock.parts)
+        if not fault:
+            clock.left_out = 0
+            return loss
+        clock.left_out += 1
+        samples = [name for own in self.ranks.collect(list(batch.ids)) for name in own]
+        if clock.left_out > self.run.nonfinite:
+            where = "" if math.isfinite(loss) else f", {self.step.culprit(batch, clock.step, clock.parts)}"
+            self._stop_bad(fault + where, samples)
+        self.log.record({"step": clock.step + 1, "left_out": fault, "samples": samples})
+        self.log.note(f"step {clock.step + 1}: {fault}; left out, {clock.left_out} in a row")
+        return math.nan
 
-    def _losses(self, part: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
-        """The task's losses, computed one by one in the run's precision, at most one of their graphs alive."""
-        average = self.state.ema.module if self.state.ema else None
-        losses = self.task.losses(self.state.model, *part, self.clock.step, average)
-        while True:
-            with self._autocast():
-                loss = next(losses, None)
-            if loss is None:
-                return
-            yield loss
-
-    def _eager(self) -> AbstractContextManager:
-        """Where compiling does not pay: few batches, some of another size, or modules that are watched."""
-        return torch.compiler.set_stance("force_eager") if self.run.compile else nullcontext()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
-
-    # -- when the loss is not a number ------------------------------------------------------------------------------------
-
-    def _blame(self, part: tuple[torch.Tensor, ...], ids: tuple[str, ...]) -> None:
-        """Run the bad batch once more, watching every module, and stop with the first whose output is not finite."""
-        culprits: list[str] = []
-
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                if isinstance(output, torch.Tensor) and not culprits and not output.isfinite().all():
-                    culprits.append(name)
-
-            return hook
-
-        hooks = [module.register_forward_hook(watch(name)) for name, module in self.state.model.named_modules() if name]
-        with torch.no_grad(), self._eager():
-            for _ in self._losses(part):
-                pass
-        for hook in hooks:
-            hook.remove()
-        where = f"first in module {culprits[0]}" if culprits else "with every module's output finite"
-        self._stop_bad(f"the loss is not finite, {where}", ids)
-
-    def _stop_bad(self, what: str, ids: tuple[str, ...]) -> None:
-        self.log.record({"step": self.clock.step, "stopped": what, "samples": list(ids)})
+    def _stop_bad(self, what: str, samples: Sequence[str]) -> None:
+        self.log.record({"step": self.clock.step, "stopped": what, "samples": list(samples)})
         kept = f"; the last good checkpoint is kept in {self.folder}" if checkpoints(self.folder) else ""
         advice = "a lower --lr with another --out, or --precision float32, may help"
         raise Stopped(f"step {self.clock.step + 1}: {what}{kept}; {advice}", 1, diverged=True)
@@ -240,30 +237,27 @@ class _Training:
 
     def _calibrate(self) -> None:
         """Plan the number of steps from the measured speed of a few, on weights that are put back afterwards."""
-        kept = {name: tensor.clone() for name, tensor in self.state.model.state_dict().items()}
+        kept = {name: tensor.clone() for name, tensor in self.state.weights().items()}
         times = []
         start = time.monotonic()
         for batch in self.task.train_batches(0, CALIBRATION_STEPS, self.device):
-            if len(batch.labels):
-                self._step(batch, self.run.optim.warmup_lr)
+            self._step(batch, self.run.optim.warmup_lr)
             self.clock.step += 1  # steps of a supernet differ in what they pass
             times.append(time.monotonic() - start)
             start = time.monotonic()
-        with self._eager():
+        with eager(self.run):
             self.task.evaluate(self.state.final, self.device, self.precision, lambda path, reason: None)
         evaluation = time.monotonic() - start
-        self.clock.step = 0
-        self.state.model.load_state_dict(kept)
-        self.state = State(self.state.model, self.run.optim)
-        self.state.clock = self.clock
+        self.clock.step = self.clock.left_out = 0
+        self.state.start_again(kept)
         self.clock.seconds = time.monotonic() - self.began
         per_step = statistics.median(times) + evaluation / evaluation_steps(self.run, self.clock.steps, self.task.steps_per_epoch)
-        self.clock.steps = max(int((seconds(self.run.schedule.time) - self.clock.seconds) / per_step), 1)
+        self.clock.steps = self.ranks.tell(max(int((seconds(self.run.schedule.time) - self.clock.seconds) / per_step), 1))
 
     def _replan(self) -> None:
         """With a time budget: fit the steps that are left to the time that is left, at the speed so far; not near the end."""
         clock, budget = self.clock, seconds(self.run.schedule.time)
-        clock.seconds = self.before + time.monotonic() - self.began
+        clock.seconds = self.ranks.tell(self.before + time.monotonic() - self.began)
         if math.isinf(budget) or clock.step >= 0.9 * clock.steps:
             return
         per_step = clock.seconds / clock.step
@@ -282,8 +276,9 @@ class _Training:
 
     def _evaluate(self) -> None:
         """Evaluate, keep the weights if they are the best, decide how to go on, and save."""
+        self.writer.wait()  # loader workers are forked now, which other threads should not see
         clock, model = self.clock, self.state.final
-        with self._eager():
+        with eager(self.run):
             metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file) | self._probe(model)
         if not all(map(math.isfinite, metrics.values())):
             self._stop_bad("the evaluation's loss is not finite", ())
@@ -295,17 +290,18 @@ class _Training:
         clock.stale = 0 if better else clock.stale + 1
         if better:
             clock.best, clock.best_step = value, clock.step
-            best = self.folder / "best"
-            self.task.save(model, best)
-            write_json(best / "recipe.json", to_dict(self.run))
-            write_json(best / "metrics.json", record)
+            best, numbers = self.folder / "best", self.state.spread.whole(model)
+            if self.ranks.leads:
+                self.task.save(numbers, best)
+                write_json(best / "recipe.json", to_dict(self.run))
+                write_json(best / "metrics.json", record)
         told = [name for name in metrics if name != "pictures" and not name.startswith("accuracy ")]  # one for every setting of a supernet
         shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in told)
         self.log.note(f"{self.log.name}  step {clock.step}  {shown}{'  best' if better else ''}")
         if 0 < self.run.schedule.patience <= clock.stale and clock.step < clock.steps:
             self.log.note(f"no better evaluation in {clock.stale}: stopped early")
             clock.steps = clock.step
-        if time.monotonic() - self.drawn > DRAW_SECONDS and clock.step < clock.steps:  # at the end the best is drawn
+        if self.ranks.tell(time.monotonic() - self.drawn > DRAW_SECONDS) and clock.step < clock.steps:  # at the end the best is drawn
             self._draw(model)
         self._replan()
         self._save()
@@ -325,8 +321,11 @@ class _Training:
         return found
 
     def _draw(self, model: nn.Module) -> None:
-        with self._eager():
-            write(self.folder / "samples.png", lambda path: self.task.draw(model, path))
+        with eager(self.run):
+            if self.ranks.leads:
+                write(self.folder / "samples.png", lambda path: self.task.draw(model, path))
+            elif self.state.spread.sharded:  # all ranks pass it, or none can
+                self.task.draw(model, io.BytesIO())
         self.drawn = time.monotonic()
 
     def _checkpoint_due(self) -> bool:
@@ -335,8 +334,9 @@ class _Training:
         return bool(by_steps) or time.monotonic() - self.saved > 60 * (schedule.save_minutes or math.inf)
 
     def _save(self) -> None:
-        save_checkpoint(self.folder, self.clock.step, self.state.tensors(), self.state.values())
-        tidy(self.folder, self.run.schedule.keep)
+        schedule, clock = self.run.schedule, self.clock
+        tidied = {"keep": schedule.keep, "every": schedule.keep_every, "best": clock.best_step if schedule.keep_best else 0}
+        self.writer.save(self.folder, clock.step, self.state.tensors(), self.state.values(), **tidied)
         self.saved = time.monotonic()
 
     def _check_surroundings(self) -> None:
@@ -373,11 +373,14 @@ class _Training:
     def _finish(self) -> dict[str, Any]:
         clock = self.clock
         best = next(record for record in clock.history if record["step"] == clock.best_step)
-        self._draw(self.task.load(self.folder / "best").to(self.device))
         bad, epochs = len(self.log.bad_files), clock.step / self.task.steps_per_epoch
         summary = {"recipe": self.run.recipe, "task": self.run.task, "best": best, "last": clock.history[-1]}
         summary |= {"steps": clock.step, "epochs": epochs, "seconds": clock.seconds, "bad_files": bad}
-        write_json(self.folder / "summary.json", summary)
+        if self.ranks.leads:
+            net = self.task.load(self.folder / "best").to(self.device)
+            with eager(self.run):
+                write(self.folder / "samples.png", lambda path: self.task.draw(net, path))
+            write_json(self.folder / "summary.json", summary)
         left_out = f"; {bad} files were left out, see {self.folder}/bad_files.jsonl" if bad else ""
         self.log.note(
             f"{self.log.name}: best {self.task.metric} {clock.best:.4f} at step {clock.best_step}, {clock.seconds:.0f} s{left_out}"
@@ -405,11 +408,3 @@ class _Training:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _random_states(restore: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """The generators' states, of the CPU and of every GPU; given, they are put back first."""
-    if restore:
-        torch.set_rng_state(restore[0])
-        torch.cuda.set_rng_state_all(restore[1:])
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]

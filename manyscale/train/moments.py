@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Momentum = Literal["float32", "bfloat16", "bfloat16-jax"]
 
@@ -88,7 +89,7 @@ class Adafactor(Lean):
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], beta1: float, beta2: float) -> Tensor:
         """The momentum of g / sqrt(row column / mean(row))."""
-        g = gradient.view(self.shapes.get(p, (1, *p.shape)))
+        g = whole(gradient).view(self.shapes.get(p, (1, *p.shape)))
         squares, share = g.square() + TINY, (state["step"] ** -GROWTH).clamp(min=1 - beta2).to(g.dtype)  # share: 1 - beta2 of this step
         axes = factored(g.shape)
         if axes is None:
@@ -99,7 +100,19 @@ class Adafactor(Lean):
             row = _mean(state, "row", squares, long, share)
             column = _mean(state, "column", squares, short, share)
             scaled = g * (row / row.mean(short, keepdim=True)).rsqrt() * column.rsqrt()
-        return self.remember(state, scaled.view_as(p), beta1, 1 - beta1)
+        return self.remember(state, shared_as(p, scaled.view(p.shape)), beta1, 1 - beta1)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or all of a sharded one: means over rows and columns need it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_as(p: Tensor, tensor: Tensor) -> Tensor:
+    """Of a whole tensor that every rank has, what this rank has of `p`."""
+    if not isinstance(p, DTensor):
+        return tensor
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def factored(shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -89,20 +90,24 @@ def original_shapes(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
     return shapes
 
 
-def make_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+def make_optimiser(model: nn.Module, optim: Optim, made: Callable[..., torch.optim.Optimizer] | None = None) -> torch.optim.Optimizer:
     """The optimiser over `groups`; its rates are set before every step by `set_rate`.
+
+    Args:
+        made: called with an optimiser's class, groups and options; None: makes it.
 
     Raises:
         ValueError: as `decays`.
     """
-    made = groups(model, optim)
+    made = made or (lambda kind, groups, **options: kind(groups, **options))
+    common = {"lr": optim.lr, "betas": optim.betas}
     if optim.method == "adafactor":
-        return Adafactor(made, lr=optim.lr, betas=optim.betas, momentum=optim.momentum, shapes=original_shapes(model))
+        return made(Adafactor, groups(model, optim), momentum=optim.momentum, shapes=original_shapes(model), **common)
     if optim.method == "sgd":
-        return Sgd(made, lr=optim.lr, betas=optim.betas, momentum=optim.momentum)
+        return made(Sgd, groups(model, optim), momentum=optim.momentum, **common)
     if optim.momentum != "float32":
-        return Adam(made, lr=optim.lr, betas=optim.betas, eps=optim.eps, momentum=optim.momentum)
-    return torch.optim.AdamW(made, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        return made(Adam, groups(model, optim), eps=optim.eps, momentum=optim.momentum, **common)
+    return made(torch.optim.AdamW, groups(model, optim), eps=optim.eps, fused=True, **common)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

@@ -4,6 +4,7 @@ No random generator is in it: every step seeds its own from (seed, step), every 
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from manyscale.config import Optim
+from manyscale.ranks import Ranks
+from manyscale.train.checkpoint import empty_tensors, read_tensors, read_values
 from manyscale.train.optim import make_optimiser
+from manyscale.train.spread import Spread
 
 
 @dataclass
@@ -26,16 +30,20 @@ class Clock:
     stale: int = 0  # evaluations since the best
     precision: str = ""  # computed in; `auto` may mean another on another machine
     data: str = ""  # fingerprint of the set's classes and files
+    parts: int = 0  # of a batch, each passed on its own: what random numbers depend on
+    left_out: int = 0  # steps in a row whose loss or gradient was not finite
     history: list[dict[str, Any]] = field(default_factory=list)  # every evaluation's metrics
 
 
 class State:
-    """The model, its moving average, the optimiser and the clock of one run."""
+    """The model, its moving average, the optimiser and the clock of one run, laid out on the ranks by `spread`."""
 
-    def __init__(self, model: nn.Module, optim: Optim) -> None:
+    def __init__(self, model: nn.Module, optim: Optim, spread: Spread | None = None) -> None:
+        self.spread = spread or Spread()
         self.model = model
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True) if optim.ema else None
-        self.optimiser = make_optimiser(model, optim)
+        self.spread.place(model, self.ema.module if self.ema else None)
+        self.optimiser = make_optimiser(model, optim, self.spread.optimiser)
         self.clock = Clock()
 
     @property
@@ -43,13 +51,28 @@ class State:
         """The weights to evaluate and keep: the moving average where there is one."""
         return self.ema.module if self.ema else self.model
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name: `model.`, `ema.` and `optimiser.<parameter>.<moment>`."""
+    @property
+    def called(self) -> nn.Module:
+        """What a loss calls: the model, or what sums its gradients over the ranks."""
+        return self.spread.call or self.model
+
+    @property
+    def moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """What the optimiser remembers of each parameter; of ZeRO-1 those of this rank's share."""
+        return getattr(self.optimiser, "optim", self.optimiser).state
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the model and its moving average by name: `model.` and `ema.`"""
         named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.ema:
             named |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
+        return named
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name: `weights`, and `optimiser.<parameter>.<moment>`."""
+        named = self.weights()
         for name, parameter in self.model.named_parameters():
-            for moment, tensor in self.optimiser.state.get(parameter, {}).items():
+            for moment, tensor in self.moments.get(parameter, {}).items():
                 named[f"optimiser.{name}.{moment}"] = tensor
         return named
 
@@ -57,21 +80,48 @@ class State:
         """The clock as JSON values."""
         return asdict(self.clock)
 
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Become the state that gave `tensors()` and `values()`."""
+    def restore(self, path: Path, ranks: Ranks) -> None:
+        """Become the state that a checkpoint holds.
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        Raises:
+            ValueError: it is of another model or optimiser; the tensors are named.
+        """
+        there, weights = empty_tensors(path), self.weights()
+        moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+        named, own = dict(self.model.named_parameters()), self._own()
+        for name, like in there.items():
+            parameter, _, moment = name.removeprefix("optimiser.").rpartition(".")
+            if name.startswith("optimiser.") and named.get(parameter) in own:
+                moments.setdefault(named[parameter], {})[moment] = _moment(like, named[parameter])
+        wrong = [name for name in there if name not in weights and not name.startswith("optimiser.")]
+        wrong += [name for name, tensor in weights.items() if name not in there or there[name].shape != tensor.shape]
+        if wrong:
+            raise ValueError(f"{path} is of another model or optimiser: {', '.join(wrong[:5])}; give another --out")
+        names = {parameter: name for name, parameter in named.items()}
+        found = {f"optimiser.{names[p]}.{moment}": tensor for p, each in moments.items() for moment, tensor in each.items()}
+        read_tensors(path, weights | found, ranks)
+        self.moments.clear()
+        self.moments.update(moments)
+        self.clock = Clock(**read_values(path))
 
-        self.model.load_state_dict(part("model."))
-        if self.ema:
-            self.ema.load_state_dict(part("ema."))
-        moments = part("optimiser.")
-        for name, parameter in self.model.named_parameters():
-            own = {key.rpartition(".")[2]: tensor for key, tensor in moments.items() if key.rpartition(".")[0] == name}
-            if own:
-                self.optimiser.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in own.items()}
-        self.clock = Clock(**values)
+    def _own(self) -> set[nn.Parameter]:
+        """The parameters whose moments this rank keeps."""
+        optimiser = getattr(self.optimiser, "optim", self.optimiser)
+        return {parameter for group in optimiser.param_groups for parameter in group["params"]}
+
+    @torch.no_grad()
+    def start_again(self, kept: dict[str, Tensor]) -> None:
+        """Put back weights that `weights` gave, and forget what the optimiser remembers."""
+        for name, tensor in self.weights().items():
+            tensor.copy_(kept[name])
+        self.moments.clear()
+
+
+def _moment(like: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Room for a moment: where it has its parameter's shape, as that lies on the ranks; else whole on each."""
+    if like.shape == parameter.shape and like.ndim:
+        return torch.empty_like(parameter, dtype=like.dtype).detach()
+    return torch.empty_like(like, device=parameter.device)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """Batches: a pure function of (seed, epoch, sample), whatever the workers and wherever a run starts."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from manyscale.config import Augment, Input, Preprocess
+from manyscale.data import loader
 from manyscale.data.images import BadImage
 from manyscale.data.loader import BadFile, Batch, eval_batches, order, steps_per_epoch, train_batches, worker_count
 from manyscale.data.sources import Digits, open_splits
@@ -116,9 +118,9 @@ def test_start_with_workers_across_epochs(reference):
 def test_what_a_run_is_made_of(reference):
     """Each epoch sees nobody twice, in another order and with other pixels; another seed is another run."""
     assert len(reference) == 9
-    epochs = [[*(f"/set/{name}" for read in part for name in read.ids), *(bad.path for read in part for bad in read.bad)]
-              for part in (reference[:3], reference[3:6], reference[6:])]  # fmt: skip
-    assert all(len(paths) == len(set(paths)) == 18 for paths in epochs) and epochs[0] != epochs[1] != epochs[2]
+    whole = run(0, source=Shades(20))
+    epochs = [[name for read in part for name in read.ids] for part in (whole[:3], whole[3:6], whole[6:])]
+    assert all(len(names) == len(set(names)) == 18 for names in epochs) and epochs[0] != epochs[1] != epochs[2]
     pixels = [{name: image for read in part for name, image in zip(read.ids, read.images, strict=True)}
               for part in (reference[:3], reference[3:6])]  # fmt: skip
     shared = pixels[0].keys() & pixels[1].keys()
@@ -127,7 +129,95 @@ def test_what_a_run_is_made_of(reference):
     for read in reference:
         assert read.images.dtype == torch.float32 and read.labels.dtype == torch.int64
         assert read.labels.tolist() == [int(name.split(".")[0]) % 3 for name in read.ids]
-        assert len(read.images) + len(read.bad) == 6
+        assert len(read.images) == 6
+
+
+def test_a_bad_file_makes_way_for_another_and_is_named(reference):
+    """In training; the others of its batch are what they were."""
+    whole, met = run(0, source=Shades(20)), 0
+    for good, read in zip(whole, reference, strict=True):
+        places = [i for i, name in enumerate(good.ids) if name in ("4.png", "11.png")]
+        assert {f"/set/{good.ids[i]}" for i in places} <= {bad.path for bad in read.bad}
+        assert all(a == b for i, (a, b) in enumerate(zip(good.ids, read.ids, strict=True)) if i not in places)
+        assert not {"4.png", "11.png"} & set(read.ids)
+        met += len(places)
+    assert met > 3
+    with pytest.raises(ValueError, match=r"/set/\d+\.png: empty file \(nor can 19 others that were drawn in its place\)"):
+        run(0, source=Shades(20, broken=tuple(range(20))))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_ranks_share_every_batch(reference, ranks):
+    shares = [run(0, share=(rank, ranks)) for rank in range(ranks)]
+    for step, read in enumerate(reference):
+        parts = [share[step] for share in shares]
+        assert same([read], [Batch(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]),
+                                   sum((p.ids for p in parts), ()), sum((p.bad for p in parts), ()))])  # fmt: skip
+        assert [part.ids for part in read.parts(ranks)] == [part.ids for part in parts]
+    with pytest.raises(ValueError, match=r"field `batch`: 6 is not shared out evenly by 4 ranks"):
+        run(0, share=(0, 4))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_an_evaluation(ranks):
+    """Whole batches in turns, as many for each rank."""
+
+    def read(share):
+        return list(eval_batches(Shades(20, broken=(4,)), TRAIN, batch=3, workers=0, share=share))
+
+    whole, shares = read((0, 1)), [read((rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    in_turns = [batch for group in zip(*shares, strict=True) for batch in group]
+    assert same(whole, in_turns[: len(whole)])
+    assert all(batch.ids == () and batch.images.shape == (0, *whole[0].images.shape[1:]) for batch in in_turns[len(whole) :])
+
+
+class Deadly(Shades):
+    """Kills or stops the worker that reads a picture, the first time."""
+
+    def __init__(self, folder, number: int, at: int = 7) -> None:
+        super().__init__(20)
+        self.mark, self.number, self.at = folder / "done", number, at
+
+    def read(self, index):
+        if index == self.at and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), self.number)
+        return super().read(index)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_is_replaced_and_no_batch_is_lost(tmp_path, number, monkeypatch):
+    monkeypatch.setattr(loader, "LOOK", 1.0)
+    with pytest.warns(RuntimeWarning, match=r"loader workers were lost at batch \d \(DataLoader .*\); new ones go on with it"):
+        found = run(2, source=Deadly(tmp_path, number), timeout=2.0)
+    assert same(found, run(0, source=Shades(20)))
+    assert not multiprocessing.active_children()
+
+
+class Faulty(Shades):
+    def read(self, index):
+        raise RuntimeError("a mistake of ours")
+
+
+def test_an_error_of_our_own_in_a_worker_is_not_tried_again():
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run(1, source=Faulty(20))
+
+
+class Killer(Deadly):
+    """Kills every worker that reads a picture."""
+
+    def read(self, index):
+        if index == self.at:
+            os.kill(os.getpid(), self.number)
+        return Shades.read(self, index)
+
+
+def test_a_picture_that_kills_every_worker_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "LOOK", 0.5)
+    with pytest.warns(RuntimeWarning, match="workers were lost"), pytest.raises(RuntimeError, match="DataLoader worker"):
+        run(1, source=Killer(tmp_path, signal.SIGKILL))
 
 
 def test_repeats_are_augmented_anew():

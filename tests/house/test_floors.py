@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parents[2] / "manyscale"
 FLOORS = [  # lowest first; rooms on one floor do not import each other
     {"config", "storage"},
-    {"presets", "ops"},
+    {"presets", "ops", "ranks"},
     {"plan", "layers", "data"},
     {"recipes", "models"},
     {"heads"},

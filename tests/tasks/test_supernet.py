@@ -349,7 +349,7 @@ def test_a_loss_of_a_later_pass_that_is_not_finite_is_blamed(run, monkeypatch):
 
     monkeypatch.setattr(loop._Training, "_step", poison)
     with pytest.raises(Stopped, match=r"step 1: the loss is not finite, first in module blocks\.0\.norm1"):
-        train(run)
+        train(replace(run, nonfinite=0))
 
 
 def test_scores_of_all_settings_are_those_of_each(run):

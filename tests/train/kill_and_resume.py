@@ -37,7 +37,7 @@ def steps(folder: Path) -> int:
 
 def fingerprint(folder: Path) -> dict[str, str]:
     last = sorted(folder.glob("step_*"))[-1]
-    tensors = load_file(last / "state.safetensors")
+    tensors = load_file(next(last.glob("*.safetensors")))
     state = hashlib.sha256(b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
     best = hashlib.sha256((folder / "best" / "model.safetensors").read_bytes()).hexdigest()
     return {"last checkpoint": f"{last.name} {state[:16]}", "best weights": best[:16]}

@@ -54,7 +54,7 @@ def test_a_branch_is_the_run_of_its_length_also_in_pieces(micro, tmp_path, monke
 def test_a_seeding_that_was_killed_is_done_again(micro, tmp_path, monkeypatch):
     run = family(micro, tmp_path, branches=("10-steps",))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(module, "copy_checkpoint", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             train(run)
     assert train(run)["branches"]["10-steps"]["steps"] == 10

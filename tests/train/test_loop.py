@@ -110,7 +110,7 @@ def test_the_best_weights_are_the_moving_average_that_was_evaluated(micro):
 
 
 def test_a_non_finite_loss_stops_names_the_module_and_keeps_the_last_good_checkpoint(micro, monkeypatch):
-    run = shorter(micro, save_steps=2)
+    run = replace(shorter(micro, save_steps=2), nonfinite=0)
     real = loop._Training._step
 
     def poison(self, batch, lr):
@@ -132,6 +132,47 @@ def test_a_non_finite_loss_stops_names_the_module_and_keeps_the_last_good_checkp
     train(run)  # and it goes on from there
 
 
+def test_a_step_that_is_not_finite_is_left_out_and_changes_nothing(micro, monkeypatch):
+    """The run goes on as if it had not been; its samples are written down, and a resumed run knows how many there were in a row."""
+    real, states = loop._Training._step, {}
+
+    def poison(self, batch, lr):
+        hook = None
+        if self.clock.step in (3, 4):
+            hook = self.state.model.head.register_forward_hook(lambda layer, given, found: found * float("nan"))
+        before = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
+        loss = real(self, batch, lr)
+        if hook:
+            hook.remove()
+            assert loss != loss and all(torch.equal(tensor, before[name]) for name, tensor in self.state.tensors().items())
+            states[self.clock.step] = (batch.ids, self.clock.left_out)
+        return loss
+
+    monkeypatch.setattr(loop._Training, "_step", poison)
+    train(micro)
+    assert {step: count for step, (_, count) in states.items()} == {3: 1, 4: 2}
+    lines = [json.loads(line) for line in (Path(micro.out) / "metrics.jsonl").read_text().splitlines()]
+    left_out = {line["step"]: line for line in lines if "left_out" in line}
+    assert {step: line["left_out"] for step, line in left_out.items()} == {4: "the loss is not finite", 5: "the loss is not finite"}
+    assert all(line["samples"] == list(states[step - 1][0]) and len(line["samples"]) == 240 for step, line in left_out.items())
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 6, 7, 8, 9, 10]
+    assert load_checkpoint(Path(micro.out), print)[1]["left_out"] == 0
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(micro, monkeypatch):
+    monkeypatch.setattr(loop._Training, "_evaluate", lambda self: None)
+    real = loop._Training._step
+
+    def poison(self, batch, lr):
+        if self.clock.step == 2:
+            self.state.model.head.register_forward_hook(lambda layer, given, found: found * float("nan"))
+        return real(self, batch, lr)
+
+    monkeypatch.setattr(loop._Training, "_step", poison)
+    with pytest.raises(Stopped, match=r"step 5: the loss is not finite, first in module head;"):
+        train(replace(micro, nonfinite=2))
+
+
 def test_a_non_finite_gradient_stops_before_the_update(micro, monkeypatch):
     training = []
     real = loop._Training._step
@@ -143,7 +184,7 @@ def test_a_non_finite_gradient_stops_before_the_update(micro, monkeypatch):
 
     monkeypatch.setattr(loop._Training, "_step", poison)
     with pytest.raises(Stopped, match=r"step 1: the gradient of head\.weight is not finite"):
-        train(micro)
+        train(replace(micro, nonfinite=0))
     assert all(p.isfinite().all() for p in training[0].state.model.parameters())
 
 
@@ -188,7 +229,7 @@ def test_one_process_trains_in_a_folder(micro):
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(micro, capsys, monkeypatch):
     train(micro)
     good = fingerprint(micro.out)
-    newest = checkpoints(Path(micro.out))[-1] / "state.safetensors"
+    newest = next(checkpoints(Path(micro.out))[-1].glob("*.safetensors"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)

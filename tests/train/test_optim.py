@@ -111,6 +111,7 @@ def test_accumulation_and_clipping_make_the_step_of_the_whole_batch(micro, tmp_p
         run = replace(plain, accumulate=parts, batch=64, out=str(tmp_path / str(parts)))
         training = _Training(tmp_path, Classify(run), 0.0)
         training.clock = training.state.clock
+        training._share_out([])
         for step, batch in zip(range(3), training.task.train_batches(0, 3, training.device), strict=True):
             training.clock.step = step
             training._step(batch, 0.01)
