@@ -41,7 +41,7 @@ class Kept:
 
 def can_keep(like: Tensor, parameters: Iterable[Tensor] = ()) -> bool:
     """Whether values of real tensors are computed now: not shapes alone, a graph that is traced, or what torch.func transforms."""
-    if torch.compiler.is_compiling() or type(like) is not Tensor or like.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(like) is not Tensor or like.is_meta:
         return False
     tensors = (like, *parameters)
     return not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors) and not any(
