@@ -43,7 +43,7 @@ def chunk_of(shape: torch.Size, keys: int, itemsize: int, budget: int) -> Chunk:
         raise ValueError(f"field `attention_memory`: {budget:,} bytes; a row of {keys} tokens in {heads} heads takes {row:,}, give more")
     if budget < row * rows:
         return Chunk(1, 1, budget // row)
-    fit = budget // (row * rows)  # windows of a sample
+    batch, fit = max(batch, 1), budget // (row * rows)  # windows of a sample
     return Chunk(fit, 1, rows) if fit < batch else Chunk(batch, min(fit // batch, windows), rows)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from manyscale.layers.block import Residual
 from manyscale.models.build import build, create_model
+from manyscale.models.paths import set_attention
 from manyscale.models.swin import Swin
 from manyscale.ops.windows import enter
 from manyscale.presets import list_models, model_config
@@ -251,6 +252,18 @@ def test_who_watches_sees_whole_batches_once(micro, part, monkeypatch):
     (expected, whole), (logits, parts) = found
     assert len(whole) == 1 and parts == whole
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference", "fused", "sequential"])
+@pytest.mark.parametrize("size", [(32, 32), (37, 30)])
+def test_no_pictures_have_no_logits(micro, size, path):
+    model = set_attention(micro(), path)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            logits = model(images(*size, batch=0))
+            assert logits.shape == (0, model.config.classes)
+            if grad:
+                logits.sum().backward()
 
 
 @torch.no_grad()
