@@ -1,6 +1,8 @@
 """In evaluation a position bias is computed once, and never outlives the weights it came from."""
 
 import copy
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -155,10 +157,36 @@ def test_the_settings_of_a_swin_keep_one_each(model, calls):
     assert len(calls) == count == 12
 
 
+def test_threads_share_what_is_kept():
+    """Replicas of nn.DataParallel have parameters of their own and one `Kept`; a server's threads have all in common."""
+    for parameters in ([torch.zeros(1)] * 8, [torch.zeros(1) for _ in range(8)]):
+        kept, wrong = Kept(), []
+
+        def run(mine, kept=kept, wrong=wrong):
+            try:
+                for number in range(2000):
+                    key = (id(mine), number % (LIMIT + 3))
+                    assert kept.get(key, lambda key=key: key, [mine]) == key
+            except Exception as error:
+                wrong.append(repr(error))
+
+        threads = [threading.Thread(target=run, args=(mine,)) for mine in parameters]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+        assert not wrong
+
+
 def test_the_oldest_value_goes_first():
     kept, made = Kept(), []
     for key in range(LIMIT + 1):
         assert kept.get(key, lambda key=key: made.append(key) or key) == key
     assert kept.get(1, lambda: made.append(1)) == 1 and len(made) == LIMIT + 1
     kept.get(0, lambda: made.append(0))
-    assert made[-1] == 0 and len(kept.values) == LIMIT
+    assert made[-1] == 0 and len(kept.held[1]) == LIMIT
