@@ -179,7 +179,8 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, sums, *inputs = ctx.saved_tensors
-    *grads, grad_bias, grad_scale = _backward(grad, out, sums, *inputs, ctx.budget)
+    with torch.autocast(grad.device.type, enabled=False):  # as forward, though a backward pass seldom is under it
+        *grads, grad_bias, grad_scale = _backward(grad, out, sums, *inputs, ctx.budget)
     *_, bias, _, scale = inputs
     return *grads, None if bias is None else grad_bias, None, None if scale is None else grad_scale, None
 
