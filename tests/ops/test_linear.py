@@ -44,6 +44,7 @@ def test_views_and_no_rows():
 
 
 @quick_only
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own word on switching oneDNN
 def test_who_counts_or_watches_sees_all():
     mlp, x = Mlp(8, 24), torch.randn(3, 8)
     with torch.no_grad():
@@ -58,6 +59,8 @@ def test_who_counts_or_watches_sees_all():
         handle.remove()
         mlp.fc1 = nn.Sequential(mlp.fc1)  # as a quantiser, or LoRA, would
         torch.testing.assert_close(mlp(x), expected)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not is_quick(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_quick(x) and mlp(x).dtype == torch.bfloat16
 

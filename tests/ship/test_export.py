@@ -1,6 +1,7 @@
 """A file is what the net is: read back, run by its own engine, at other batch sizes than it was made with."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -206,6 +207,22 @@ def test_a_damaged_export_is_named(format, harm, tmp_path):
         file.write_bytes(b"PK and no more")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: {format} cannot run it .*; export the net again"):
         open_engine(tmp_path)
+
+
+def test_what_is_half_written_is_no_export(tmp_path, monkeypatch):
+    """Where a file cannot be put in its place, no card stands beside: neither the old one nor the new."""
+    net, true = net_of("v2")[0], os.replace
+    export(net, tmp_path, format="torch")
+
+    def full(source, target):
+        if target == tmp_path / FILES["torch"]:
+            raise OSError("no space left")
+        true(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        export(net, tmp_path, format="torch")
+    assert [file.name for file in tmp_path.iterdir()] == [FILES["torch"]]
 
 
 def test_a_folder_without_an_export_is_named(tmp_path):
