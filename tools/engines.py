@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from manyscale.cli.parsing import plain_table
 from manyscale.models import create_model
-from manyscale.ship import export as exporting
-from manyscale.ship.bench import _compiled
-from manyscale.ship.measure import device_name, time_call
+from manyscale.ship.bench import compiled_for
+from manyscale.ship.export import Engine, open_engine, write_engine
+from manyscale.ship.measure import apart, device_name, time_call
 from manyscale.ship.peers import peer, randomise
 from manyscale.storage import write, write_json
 
@@ -35,20 +35,18 @@ ENGINES = {  # format, dtype, int8
 }
 
 
-def engines(nets: dict[str, torch.nn.Module], images: torch.Tensor, place: Path) -> dict[tuple[str, str], exporting.Engine]:
+def engines(nets: dict[str, torch.nn.Module], images: torch.Tensor, place: Path) -> dict[tuple[str, str], Engine]:
     """What runs every net every way, by way and net."""
     found = {}
     shape = tuple(images.shape[1:])
     for name, net in nets.items():
         found["torch, float32", name] = net
-        found["torch compiled and frozen, float32", name] = _compiled(net, training=False)
+        found["torch compiled and frozen, float32", name] = compiled_for(net, training=False)
         for way, (format, dtype, int8) in ENGINES.items():
             folder = place / name / way
             folder.mkdir(parents=True)
-            with exporting._quiet():
-                exporting._write(net, shape, format, dtype, [torch.randn(8, *shape)] if int8 else None, folder)
-            write_json(folder / exporting.CARD, {"format": format, "dtype": dtype})
-            found[way, name] = exporting.open_engine(folder, threads=torch.get_num_threads())
+            write_engine(net, shape, folder, format=format, dtype=dtype, calibration=[torch.randn(8, *shape)] if int8 else None)
+            found[way, name] = open_engine(folder, threads=torch.get_num_threads())
             print(f"  {name}: {way}", file=sys.stderr, flush=True)
     return found
 
@@ -62,7 +60,7 @@ def measured(name: str, fields: dict, batch: int, rounds: int) -> list[dict]:
     expected = ours(images)
     with tempfile.TemporaryDirectory() as place:
         runs = engines(nets, images, Path(place))
-        apart = {key: ((run(images) - expected).abs().max() / expected.abs().max()).item() for key, run in runs.items()}
+        differences = {key: apart(run(images), expected) for key, run in runs.items()}
         seconds = {key: [] for key in runs}
         order = random.Random(0)
         for number in range(2 + rounds):
@@ -74,7 +72,7 @@ def measured(name: str, fields: dict, batch: int, rounds: int) -> list[dict]:
     return [
         {"net": name, **fields, "batch": batch, "way": way, "ms": 1e3 * p50[way, "manyscale"], "timm ms": 1e3 * p50[way, "timm"],
          "over timm": p50[way, "timm"] / p50[way, "manyscale"], "over torch": p50["torch, float32", "manyscale"] / p50[way, "manyscale"],
-         "difference": apart[way, "manyscale"]}
+         "difference": differences[way, "manyscale"]}
         for way in dict.fromkeys(way for way, _ in runs)
     ]  # fmt: skip
 

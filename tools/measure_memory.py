@@ -156,7 +156,9 @@ def main() -> None:
             cells += [f"{result[key] / 2**20:,.1f}" for key in ("alive", "measured", "planned")] + [f"{over:+.1%}"]
         cells += [f"{result['seconds']:.2f} s"] if "seconds" in result else [result["failed"]] if "failed" in result else []
         print("| " + " | ".join(cells) + " |", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
     about = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1, "commit": commit, "date": str(date.today())}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"{given.kind}.json").write_text(json.dumps({**about, "points": rows}, indent=1) + "\n")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyscale.layers.kept import Kept, can_keep
-from manyscale.layers.linear import Linear
+from manyscale.layers.linear import Linear, watched
 from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded
 from manyscale.ops.kernel import Tables, windowed
 from manyscale.ops.linear import is_quick, linear
@@ -56,8 +56,9 @@ class WindowAttention(nn.Module):
             tables: the layout as the kernels read it, for that path.
         """
         at_once = max(1, TOKENS // prod(layout.grid))
-        if is_quick(x, self.qkv.weight) and x.shape[0] > at_once:  # some pictures after others, so that little memory is gone through
-            return torch.cat([self(part, layout, index, coordinates, tables) for part in x.split(at_once)])
+        if is_quick(x, self.qkv.weight) and x.shape[0] > at_once and not watched(*self.modules()):
+            # some pictures after others, so that little memory is gone through
+            return torch.cat([self.forward(part, layout, index, coordinates, tables) for part in x.split(at_once)])
         bias = self.qkv.bias if self.similarity == "dot" else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         scale = None
         if self.similarity == "cosine":  # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from manyscale.layers.linear import Linear, with_gelu
-from manyscale.ops.linear import Gelu
+from manyscale.layers.linear import Linear, watched, with_gelu
+from manyscale.ops.linear import Gelu, evaluated
 
 Norm = Literal["pre", "post", "sandwich", "res-post"]
 
@@ -27,7 +27,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)"""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or x[..., 0].numel() <= ROWS:
+        if not evaluated(x) or x[..., 0].numel() <= ROWS or watched(*self.modules()):
             return self._layers(x)
         # a part of the tokens after another: what is hidden stays in the cache, and takes no fresh pages of memory
         return torch.cat([self._layers(part) for part in x.flatten(0, -2).split(ROWS)]).view(x.shape)

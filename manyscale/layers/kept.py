@@ -16,32 +16,32 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self.marks: list[tuple[Tensor, int, int]] = []
-        self.values: dict[Hashable, Any] = {}
+        self.forget()
 
     def get(self, key: Hashable, make: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> Any:
         """The value of `key`, made where it is not there, without gradient."""
-        marks = [(p, p._version, p.data_ptr()) for p in parameters]
-        if len(marks) != len(self.marks) or any(
-            new is not old or rest != before for (new, *rest), (old, *before) in zip(marks, self.marks, strict=True)
-        ):
-            self.forget()
-            self.marks = marks
-        if key not in self.values:
-            if len(self.values) == LIMIT:
-                self.values.pop(next(iter(self.values)))
+        now = [(p, p._version, p.data_ptr()) for p in parameters]
+        marks, values = self.held
+        if len(now) != len(marks) or any(new is not old or rest != before for (new, *rest), (old, *before) in zip(now, marks, strict=True)):
+            values = {}
+            self.held = now, values
+        if (value := values.get(key)) is None:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used in training later
-                self.values[key] = make()
-        return self.values[key]
+                value = make()
+            if len(values) >= LIMIT:
+                values.pop(next(iter(list(values))), None)
+            values[key] = value
+        return value
 
     def forget(self) -> None:
         """Drop all values."""
-        self.marks, self.values = [], {}
+        # in one, for threads that share a net: no value stands beside marks of other parameters, nor goes while it is fetched
+        self.held: tuple[list[tuple[Tensor, int, int]], dict[Hashable, Any]] = [], {}
 
 
 def can_keep(like: Tensor, parameters: Iterable[Tensor] = ()) -> bool:
     """Whether values of real tensors are computed now: not shapes alone, a graph that is traced, or what torch.func transforms."""
-    if torch.compiler.is_compiling() or type(like) is not Tensor or like.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(like) is not Tensor or like.is_meta:
         return False
     tensors = (like, *parameters)
     return not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors) and not any(

@@ -13,10 +13,15 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def watched(*modules: nn.Module) -> bool:
+    """Whether hooks see, or change, what goes through modules."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 def with_gelu(layer: nn.Linear, act: nn.GELU, x: Tensor) -> Tensor:
     """act(layer(x)), in one pass where that is quick and nothing has taken the layers' place or watches them."""
     plain = type(layer) is Linear and type(act) is nn.GELU and is_quick(x, layer.weight)
-    if not plain or layer._forward_hooks or layer._forward_pre_hooks or act._forward_hooks or act._forward_pre_hooks:
+    if not plain or watched(layer, act):
         return act(layer(x))
     kind: Gelu = "exact" if act.approximate == "none" else "tanh"
     return linear(x, layer.weight, layer.bias, kind)

@@ -76,9 +76,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
     if bias is None or bias.dim() == 3:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B·W, H, N, d)
         bias = None if bias is None else bias[None]
-    elif (
-        q.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # a picture at a time its windows are a batch of their own, and nothing need be copied
+    elif batch and q.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        # a picture at a time its windows are a batch of their own, and nothing need be copied
         run = partial(F.scaled_dot_product_attention, attn_mask=bias, dropout_p=dropout, scale=1.0 if scaled else None)
         return torch.stack([run(*each) for each in zip(q, k, v, strict=True)])
     else:  # windows fold into heads, so that the mask is one copy for the whole batch

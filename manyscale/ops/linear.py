@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 Gelu = Literal["exact", "tanh"]
@@ -16,22 +17,43 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: Gelu | None = None) -> Tensor:
     """x weight^T + bias, then GELU or its tanh approximation: (..., C) -> (..., D). Through oneDNN where `is_quick`."""
-    if is_quick(x, weight):
+    if is_quick(x, weight, *(() if bias is None else (bias,))) and _fits(x, weight, bias):
         return _ONEDNN(x, weight, bias, "none" if gelu is None else "gelu", [], {"exact": "none", "tanh": "tanh", None: ""}[gelu])
     x = F.linear(x, weight, bias)
     return x if gelu is None else F.gelu(x, approximate="none" if gelu == "exact" else "tanh")
 
 
 def is_quick(*tensors: Tensor) -> bool:
-    """Whether plain tensors are computed now, in evaluation on a CPU, in a type that oneDNN has: no graph, no autocast, no torch.func."""
+    """Whether tensors are computed as in `evaluated`, in a type that oneDNN has, and not under autocast."""
     return (
         _ONEDNN is not None
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and all(tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
+        and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
+        and evaluated(*tensors)
+    )
+
+
+def evaluated(*tensors: Tensor) -> bool:
+    """Whether plain tensors are computed now, in evaluation on a CPU: no gradient or tangent, no graph being made, no torch.func."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and all(tensor.device.type == "cpu" for tensor in tensors)
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+        and all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)  # no_grad leaves these on
+    )
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN does what F.linear does: that takes one type alone, and says which shapes do not fit."""
+    return (
+        weight.dim() == 2
+        and weight.numel() > 0
+        and x.shape[-1:] == weight.shape[1:]
+        and x.dtype == weight.dtype
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
     )
 
 

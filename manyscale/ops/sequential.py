@@ -43,7 +43,7 @@ def chunk_of(shape: torch.Size, keys: int, itemsize: int, budget: int) -> Chunk:
         raise ValueError(f"field `attention_memory`: {budget:,} bytes; a row of {keys} tokens in {heads} heads takes {row:,}, give more")
     if budget < row * rows:
         return Chunk(1, 1, budget // row)
-    fit = budget // (row * rows)  # windows of a sample
+    batch, fit = max(batch, 1), budget // (row * rows)  # windows of a sample
     return Chunk(fit, 1, rows) if fit < batch else Chunk(batch, min(fit // batch, windows), rows)
 
 
@@ -179,7 +179,8 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, sums, *inputs = ctx.saved_tensors
-    *grads, grad_bias, grad_scale = _backward(grad, out, sums, *inputs, ctx.budget)
+    with torch.autocast(grad.device.type, enabled=False):  # as forward, though a backward pass seldom is under it
+        *grads, grad_bias, grad_scale = _backward(grad, out, sums, *inputs, ctx.budget)
     *_, bias, _, scale = inputs
     return *grads, None if bias is None else grad_bias, None, None if scale is None else grad_scale, None
 

@@ -102,10 +102,10 @@ def leave(windows: Tensor, layout: Layout) -> Tensor:
 def split(x: Tensor, window: tuple[int, ...]) -> Tensor:
     """(B, *grid, C) -> (B, W, N, C), windows and their tokens in row-major order. The grid must divide into windows."""
     batch, *grid, channels = x.shape
-    axes = len(window)
+    axes, count = len(window), prod([g // w for g, w in zip(grid, window, strict=True)])
     x = x.reshape(batch, *(n for g, w in zip(grid, window, strict=True) for n in (g // w, w)), channels)  # (B, g/w, w, g/w, w, ..., C)
     x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)  # (B, g/w, g/w, ..., w, w, ..., C)
-    return x.reshape(batch, -1, prod(window), channels)
+    return x.reshape(batch, count, prod(window), channels)  # counted, as of no pictures -1 could be anything
 
 
 def merge(windows: Tensor, window: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:

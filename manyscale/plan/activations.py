@@ -13,6 +13,7 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from manyscale.config import Memory, NetConfig, Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, read_bytes
+from manyscale.config.checks import require
 from manyscale.plan.count import BIAS_HIDDEN, count
 
 Precision = Literal["float32", "bfloat16"]
@@ -106,8 +107,8 @@ def activations(
         size: of a SuperViT, which of its sizes; None: the largest.
 
     Raises:
-        ValueError: a size that a SuperViT does not have; more sequential stages than there are; kernels on a CPU, or for a net without
-            windows.
+        ValueError: a size that a SuperViT does not have; more sequential stages than there are; a budget that a row of logits exceeds;
+            kernels on a CPU, or for a net without windows.
     """
     memory = memory or Memory()
     stages = len(config.depths) if isinstance(config, SwinConfig) else 0
@@ -196,7 +197,8 @@ def _kernel(a: Attended, how: How) -> Core:
     """Tokens of the grid and one number a row; the bias' gradient as at most 1,024 partial sums, of a program each. Not yet measured."""
     size = how.size
     kept = 3 * size * a.values + 4 * a.rows + a.bias * a.window
-    side = -(-a.keys // 64)  # of a window in tiles
+    block = 64 if size == 2 and a.width // a.heads <= 64 else 32  # as `ops.kernel.block_of`
+    side = -(-a.keys // block)  # of a window in tiles
     programs = min(a.batch * a.windows, max(1, 1024 // (a.heads * side**2)))
     gradients = 3 * size * a.values + 4 * a.rows + 4 * programs * a.window * (a.bias > 0)
     return Core(kept, kept + size * a.values, kept + 2 * size * a.values + gradients, result=size * a.values + 4 * a.rows)
@@ -218,6 +220,8 @@ def _lengths(a: Attended) -> int:
 def _chunk(a: Attended, budget: int) -> tuple[int, int, int]:
     """Logits of a chunk, those of one sample in it, and of one window of that, as `ops.sequential.chunk_of` divides them."""
     row = 16 * a.heads * a.keys
+    words = f"{budget:,} bytes; a row of {a.keys} tokens in {a.heads} heads takes {row:,}, give more"
+    require(budget >= row, "attention_memory", words)
     if budget < row * a.keys:
         rows = budget // row * a.heads * a.keys
         return rows, rows, rows

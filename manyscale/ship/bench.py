@@ -18,7 +18,7 @@ from manyscale.config.memory import AttentionPath
 from manyscale.models import build, set_attention
 from manyscale.models.settings import AtSetting
 from manyscale.plan.count import count
-from manyscale.ship.measure import WARM_UP, device_name, peak, time_call
+from manyscale.ship.measure import WARM_UP, apart, device_name, peak, time_call
 from manyscale.ship.peers import PEERS, NoSuchNet, peer, randomise
 from manyscale.storage import write
 
@@ -117,7 +117,7 @@ def bench(
     along = {key: set_attention(copy.deepcopy(ours), way) for key, way in zip(names, dict.fromkeys(paths), strict=True)}
     nets = {**along, **_peers(ours, against, report)}
     images = torch.randn(batch, config.channels, *config.size, generator=torch.Generator().manual_seed(seed)).to(device)
-    apart = differences(nets, images[:2])
+    difference = differences(nets, images[:2])
     if setting:
         nets |= {key: AtSetting(net, setting) for key, net in along.items()}
     for net in nets.values():
@@ -132,13 +132,13 @@ def bench(
         calls: dict[tuple[str, bool], Callable[[], Any]] = {}
         for key, net in nets.items():
             for way in (False, True) if compiled else (False,):
-                calls[key, way] = partial(_step, net, _compiled(net, training) if way else net, images, labels if training else None)
+                calls[key, way] = partial(_step, net, compiled_for(net, training) if way else net, images, labels if training else None)
         seconds = _in_turns(calls, device, rounds, seed)
         peaks = {key: peak(call, device) for key, call in calls.items()}
         product = _product(device, precision)
     macs = {key: count(config, setting if key in along else None).macs * batch * (3 if training else 1) for key in nets}
     rows = tuple(
-        Row(key, way, apart[key], *np.quantile(spent, (0.5, 0.25, 0.75)).tolist(), peaks[key, way], macs[key])
+        Row(key, way, difference[key], *np.quantile(spent, (0.5, 0.25, 0.75)).tolist(), peaks[key, way], macs[key])
         for (key, way), spent in seconds.items()
     )
     about = {
@@ -169,10 +169,10 @@ def differences(nets: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
         ValueError: further than rounding explains.
     """
     expected = next(iter(nets.values()))(images)
-    found = {key: ((net(images) - expected).abs().max() / expected.abs().max()).item() for key, net in nets.items()}
-    for key, apart in found.items():
-        if not apart <= AGREE:
-            raise ValueError(f"{key} answers otherwise than this net, by {apart:.2g} of the largest logit: it is no measure")
+    found = {key: apart(net(images), expected) for key, net in nets.items()}
+    for key, far in found.items():
+        if not far <= AGREE:
+            raise ValueError(f"{key} answers otherwise than this net, by {far:.2g} of the largest logit: it is no measure")
     return found
 
 
@@ -183,7 +183,7 @@ def _step(net: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, label
         net.zero_grad()
 
 
-def _compiled(net: nn.Module, training: bool) -> Callable[[Tensor], Tensor]:
+def compiled_for(net: nn.Module, training: bool) -> Callable[[Tensor], Tensor]:
     """The net compiled; frozen where nothing is trained, as is usual for serving on a CPU."""
     run = torch.compile(net, dynamic=False)
     if training:

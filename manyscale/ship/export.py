@@ -28,6 +28,7 @@ from manyscale.data.transforms import eval_transform
 from manyscale.models import Net
 from manyscale.models.settings import AtSetting
 from manyscale.ship.evaluate import open_scored, pictures_for, recipe_of
+from manyscale.ship.measure import apart
 from manyscale.storage import read_json, sync, write_json
 from manyscale.tasks import classify
 from manyscale.tasks.pictures import Report
@@ -66,18 +67,19 @@ def export(
     The file is run by its own engine and compared with the net before it comes into the folder; what stood there stays until then.
 
     Args:
-        model: with a head, in float32 on the CPU.
+        model: with a head, in float32 on the CPU; it is left in evaluation mode.
         dtype: of the weights, and what the engine computes in. Of OpenVINO, bfloat16 is what it computes in alone.
         setting: at which size and how it runs; None: at its own size, whole.
         calibration: batches of prepared images (B, 3, H, W), of which the first `CALIBRATION` images choose the ranges of int8 (NNCF);
             None: no int8. Its answers differ by more than rounding, so they are not held to a limit here: score it on pictures.
 
     Raises:
-        ValueError: a setting that the net cannot be run at, a type that the format has not, a package that is not installed, or
-            answers that are not the net's.
+        ValueError: a setting that the net cannot be run at, a net of another type, on another device, or whose attention is this
+            package's own operation; a type that the format has not, a package that is not installed, or answers that are not the net's.
         OSError: the folder cannot be written.
     """
     _require(format, dtype, int8=calibration is not None)
+    _see_that_it_can_go_out(model)
     model.eval()
     net, shape = AtSetting(model, setting).eval(), (model.config.channels, *_size(model, setting))
     with torch.no_grad():
@@ -87,15 +89,17 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
         beside = Path(place)
-        with _quiet():
-            _write(net, shape, format, dtype, calibration, beside)
-        card = _card(model, format, dtype, setting, int8=calibration is not None)
-        write_json(beside / CARD, card)
+        card = write_engine(net, shape, beside, format=format, dtype=dtype, calibration=calibration)
         engine = open_engine(beside)
-        difference = max(_difference(engine(images), logits) for images, logits in zip(checks, expected, strict=True))
+        difference = max(apart(engine(images), logits) for images, logits in zip(checks, expected, strict=True))
         if not difference <= (AGREE[dtype] if calibration is None else float("inf")):  # NaN is not
             raise ValueError(f"field `format`: logits of the {format} file differ by {difference:.1g} of the largest; it was not written")
-        card["difference"] = difference
+        card |= {
+            "setting": str(setting) if setting else "",
+            "preprocess": to_dict(_prepared(model, setting)) if model.preprocess else None,
+            "labels": list(model.labels),
+            "difference": difference,
+        }
         write_json(beside / CARD, card)
         (folder / CARD).unlink(missing_ok=True)  # a folder without it is no export
         for file in sorted(beside.iterdir(), key=lambda file: file.name == CARD):
@@ -105,18 +109,60 @@ def export(
     return Exported(folder, difference, card)
 
 
-def open_engine(folder: Path | str, threads: int = 0) -> Engine:
-    """What runs the file that `export` wrote, on the CPU; `threads` 0: as the engine takes them.
+def write_engine(
+    net: nn.Module,
+    shape: tuple[int, ...],
+    folder: Path,
+    *,
+    format: Format,
+    dtype: DType = "float32",
+    calibration: Iterable[Tensor] | None = None,
+) -> dict[str, Any]:
+    """Write any net of images as `open_engine` reads it, without comparing: for nets that are not this package's.
+
+    Args:
+        net: from images (B, *shape) to logits, in float32 on the CPU.
+        folder: where the file and its export.json go.
+        dtype, calibration: as of `export`.
+
+    Returns:
+        What export.json says.
 
     Raises:
-        ValueError: no export, or its engine is not installed.
+        ValueError: a type that the format has not, a package that is not installed, int8 without images.
+    """
+    _require(format, dtype, int8=calibration is not None)
+    card = {
+        "format": format,
+        "file": FILES[format],
+        "dtype": dtype,
+        "int8": calibration is not None,
+        "images": ["batch", *shape],
+        "manyscale": manyscale.__version__,
+        "torch": torch.__version__,
+    }
+    with _quiet():
+        _write(net, shape, format, dtype, calibration, folder)
+    write_json(folder / CARD, card)
+    return card
+
+
+def open_engine(folder: Path | str, threads: int = 0) -> Engine:
+    """What runs the file that `export` wrote, on the CPU; `threads`, of ONNX Runtime and OpenVINO, 0: as the engine takes them.
+
+    Raises:
+        ValueError: no export, one that is damaged, or its engine is not installed.
     """
     folder = Path(folder)
     card = read_json(folder / CARD)
-    if card.get("format") not in FILES:
-        raise ValueError(f"{folder / CARD}: field `format`: {card.get('format')!r} is none of {', '.join(FILES)}")
-    _require(card["format"])
-    return {"torch": _open_torch, "onnx": _open_onnx, "openvino": _open_openvino}[card["format"]](folder, card, threads)
+    format = card.get("format")
+    if format not in FILES:
+        raise ValueError(f"{folder / CARD}: field `format`: {format!r} is none of {', '.join(FILES)}")
+    _require(format)
+    try:
+        return {"torch": _open_torch, "onnx": _open_onnx, "openvino": _open_openvino}[format](folder, card, threads)
+    except Exception as error:  # every engine has its own
+        raise ValueError(f"{folder / FILES[format]}: {format} cannot run it ({error!r}); export the net again") from error
 
 
 class Scores(NamedTuple):
@@ -265,8 +311,10 @@ def _stable_sort() -> Callable[..., Any]:
 def _int8(model: Any, samples: Iterable[Any]) -> Any:
     import nncf
 
+    if not (images := list(samples)):
+        raise ValueError("field `calibration`: no images to choose the ranges of int8 on")
     nncf.set_log_level(logging.ERROR)
-    data = nncf.Dataset(list(samples))
+    data = nncf.Dataset(images)
     return nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION)
 
 
@@ -320,7 +368,20 @@ def _open_openvino(folder: Path, card: dict[str, Any], threads: int) -> Engine:
 # --- Checks --------------------------------------------------------------------------------------------------------------------
 
 
+def _see_that_it_can_go_out(model: Net) -> None:
+    weight = next(model.parameters())
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        here = f"{weight.dtype} on {weight.device.type}"
+        raise ValueError(f"field `model`: its weights are {here}; an export is made of float32 on the CPU: model.float().cpu()")
+    for module in model.modules():
+        if (path := getattr(module, "attention_path", "auto")) in ("sequential", "kernel"):
+            raise ValueError(f"field `attention`: {path} is an operation of this package alone; call set_attention(model, 'auto') first")
+
+
 def _require(format: str, dtype: str = "float32", int8: bool = False) -> None:
+    for field, value, known in (("format", format, FILES), ("dtype", dtype, AGREE)):
+        if value not in known:
+            raise ValueError(f"field `{field}`: {value!r} is none of {', '.join(known)}")
     if format == "onnx" and dtype == "bfloat16":
         raise ValueError("field `dtype`: ONNX Runtime has few operations in bfloat16; give float16 or float32, or --format openvino")
     if int8 and (format == "torch" or dtype != "float32"):
@@ -336,23 +397,3 @@ def _require(format: str, dtype: str = "float32", int8: bool = False) -> None:
 def _size(model: Net, setting: Setting | None) -> Sequence[int]:
     size = setting.size if setting and setting.size else model.config.size
     return size if isinstance(size, tuple) else (size, size)
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def _card(model: Net, format: str, dtype: str, setting: Setting | None, *, int8: bool) -> dict[str, Any]:
-    prepared = to_dict(_prepared(model, setting)) if model.preprocess else None
-    return {
-        "format": format,
-        "file": FILES[format],
-        "dtype": dtype,
-        "int8": int8,
-        "setting": str(setting) if setting else "",
-        "images": ["batch", model.config.channels, *_size(model, setting)],
-        "preprocess": prepared,
-        "labels": list(model.labels),
-        "manyscale": manyscale.__version__,
-        "torch": torch.__version__,
-    }

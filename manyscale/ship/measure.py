@@ -87,6 +87,12 @@ def _images(batch: int, size: tuple[int, int], model: Net, device: torch.device,
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, next(model.parameters()).dtype)
 
 
+def apart(found: Tensor, expected: Tensor) -> float:
+    """How far answers are from those that are expected, of the largest of these."""
+    largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)  # a net that has not learnt may answer zeros
+    return ((found - expected).abs().max() / largest).item()
+
+
 def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds from the call to the end of what it started on the device, and what it returned."""
     _wait(device)

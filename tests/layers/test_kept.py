@@ -1,6 +1,8 @@
 """In evaluation a position bias is computed once, and never outlives the weights it came from."""
 
 import copy
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,9 @@ from torch.func import functional_call, stack_module_state, vmap
 from manyscale.config import Setting, SwinConfig
 from manyscale.layers.kept import LIMIT, Kept
 from manyscale.layers.position_bias import ContinuousBias
-from manyscale.models import build
+from manyscale.models import build, set_attention
+from manyscale.ops.positions import relative_coordinates, relative_index
+from manyscale.ops.windows import layout
 from tests.conftest import loud
 
 pytestmark = pytest.mark.attention
@@ -155,10 +159,56 @@ def test_the_settings_of_a_swin_keep_one_each(model, calls):
     assert len(calls) == count == 12
 
 
+@torch.no_grad()
+def test_a_path_finds_what_it_can_read(model):
+    """The fused one reads biases with the mask laid into them, the others both apart."""
+    expected = model(IMAGES)
+    for path in ("sequential", "reference", "fused", "sequential"):
+        torch.testing.assert_close(set_attention(model, path, budget=8192)(IMAGES), expected)  # a window at a time
+
+
+@torch.no_grad()
+def test_a_layer_tells_layouts_apart(model):
+    """One layer, given windows that are shifted and that are not."""
+    layer, x = model.stages[0].blocks[0].attention.branch, torch.randn(1, 8, 8, 8)
+    rest = relative_index((4, 4), (4, 4)), relative_coordinates((4, 4), (4, 4), "log")
+    cuts = [layout((8, 8), (4, 4), shifted=shifted, mask_padding=True) for shifted in (False, True)]
+    with torch.enable_grad():
+        expected = [layer(x, cut, *rest) for cut in cuts]
+    for cut, answer in zip(cuts, expected, strict=True):
+        torch.testing.assert_close(layer(x, cut, *rest), answer)
+
+
+def test_threads_share_what_is_kept():
+    """Replicas of nn.DataParallel have parameters of their own and one `Kept`; a server's threads have all in common."""
+    for parameters in ([torch.zeros(1)] * 8, [torch.zeros(1) for _ in range(8)]):
+        kept, wrong = Kept(), []
+
+        def run(mine, kept=kept, wrong=wrong):
+            try:
+                for number in range(2000):
+                    key = (id(mine), number % (LIMIT + 3))
+                    assert kept.get(key, lambda key=key: key, [mine]) == key
+            except Exception as error:
+                wrong.append(repr(error))
+
+        threads = [threading.Thread(target=run, args=(mine,)) for mine in parameters]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+        assert not wrong
+
+
 def test_the_oldest_value_goes_first():
     kept, made = Kept(), []
     for key in range(LIMIT + 1):
         assert kept.get(key, lambda key=key: made.append(key) or key) == key
     assert kept.get(1, lambda: made.append(1)) == 1 and len(made) == LIMIT + 1
     kept.get(0, lambda: made.append(0))
-    assert made[-1] == 0 and len(kept.values) == LIMIT
+    assert made[-1] == 0 and len(kept.held[1]) == LIMIT

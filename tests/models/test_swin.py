@@ -10,7 +10,9 @@ from torch import nn
 
 from manyscale.layers.block import Residual
 from manyscale.models.build import build, create_model
+from manyscale.models.paths import set_attention
 from manyscale.models.swin import Swin
+from manyscale.ops.windows import enter
 from manyscale.presets import list_models, model_config
 
 # To the digit: Swin V1's and V2's T, S, B and L as timm and (without its dead biases) torchvision build them.
@@ -227,10 +229,51 @@ def test_a_batch_in_parts_is_the_whole(micro, size, monkeypatch):
         "manyscale.layers.attention.TOKENS", 2 * math.prod(-(-s // p) for s, p in zip(size, model.config.patches, strict=True))
     )
     seen = []
-    model.stages[0].blocks[0].attention.branch.proj.register_forward_hook(lambda layer, given, found: seen.append(len(found)))
+    monkeypatch.setattr("manyscale.layers.attention.enter", lambda x, layout: seen.append(len(x)) or enter(x, layout))
     with torch.no_grad():
         torch.testing.assert_close(model(x), whole)
-    assert seen == ([2, 2, 1] if torch.backends.mkldnn.is_available() else [5])
+    assert seen[:3] == ([2, 2, 1] if torch.backends.mkldnn.is_available() else [5, 5, 5])
+
+
+@pytest.mark.parametrize("part", ["attention.branch", "attention.branch.proj", "mlp.branch", "mlp.branch.fc1", "mlp.branch.act"])
+@torch.no_grad()
+def test_who_watches_sees_whole_batches_once(micro, part, monkeypatch):
+    """As with gradients; and what a hook does to a result it does once."""
+    monkeypatch.setattr("manyscale.layers.attention.TOKENS", 1)
+    monkeypatch.setattr("manyscale.layers.block.ROWS", 1)
+    model, x, found = micro(), images(32, 32, batch=3), []
+    watched = model.stages[0].blocks[0].get_submodule(part)
+    for grad in (True, False):
+        seen = []
+        handle = watched.register_forward_hook(lambda layer, given, out, seen=seen: seen.append(out.shape) or out.square())
+        with torch.set_grad_enabled(grad):
+            found.append((model(x), seen))
+        handle.remove()
+    (expected, whole), (logits, parts) = found
+    assert len(whole) == 1 and parts == whole
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference", "fused", "sequential"])
+@pytest.mark.parametrize("size", [(32, 32), (37, 30)])
+def test_no_pictures_have_no_logits(micro, size, path):
+    model = set_attention(micro(), path)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            logits = model(images(*size, batch=0))
+            assert logits.shape == (0, model.config.classes)
+            if grad:
+                logits.sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Converting a tensor", "ignore:Iterating over a tensor")
+def test_a_traced_net_takes_other_batches(micro):
+    """torch.jit.trace, which some converters still start from."""
+    model = micro()
+    traced = torch.jit.trace(model, images(32, 32, batch=2))
+    for batch in (1, 3):
+        torch.testing.assert_close(traced(images(32, 32, batch=batch)), model(images(32, 32, batch=batch)))
 
 
 def test_weights_alone_make_the_function(micro):

@@ -225,11 +225,16 @@ def test_chunks_are_one_node_of_a_graph():
 
 
 def test_under_autocast_chunks_compute_in_the_type_they_are_given():
+    """In both passes, whether or not the backward one is under it too."""
     cut = layout((4, 4), (4, 4), shifted=False, mask_padding=True)
-    tensors = inputs(cut, torch.float32)
+    tensors = [t.requires_grad_() for t in inputs(cut, torch.float32)]
+    expected = attend(*tensors, path="reference")
     with torch.autocast("cpu", torch.bfloat16):
         found = attend(*tensors, path="sequential")
-    torch.testing.assert_close(found, attend(*tensors, path="reference"))
+        gradients = torch.autograd.grad(found.square().sum(), tensors)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), tensors), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # --- Length one ----------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from manyscale.layers.block import Mlp
+from manyscale.layers.block import ROWS, Mlp
 from manyscale.ops.linear import is_quick, linear
 
 quick_only = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -43,6 +44,7 @@ def test_views_and_no_rows():
 
 
 @quick_only
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own word on switching oneDNN
 def test_who_counts_or_watches_sees_all():
     mlp, x = Mlp(8, 24), torch.randn(3, 8)
     with torch.no_grad():
@@ -57,8 +59,57 @@ def test_who_counts_or_watches_sees_all():
         handle.remove()
         mlp.fc1 = nn.Sequential(mlp.fc1)  # as a quantiser, or LoRA, would
         torch.testing.assert_close(mlp(x), expected)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not is_quick(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_quick(x) and mlp(x).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (torch.ones(3, 4), torch.ones(6, 4, dtype=torch.bfloat16), None),
+        (torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(6, 4), None),
+        (torch.ones(3, 4), torch.ones(6, 4), torch.ones(6, dtype=torch.bfloat16)),
+        (torch.ones(3, 5), torch.ones(6, 4), None),
+        (torch.ones(3, 4), torch.ones(6, 4), torch.ones(5)),
+        (torch.ones(3, 4), torch.ones(4), None),
+        (torch.ones(3, 4), torch.ones(6, 4), torch.ones(1)),
+        (torch.ones(3, 0), torch.ones(6, 0), torch.ones(6)),
+    ],
+)
+def test_what_does_not_fit_is_torchs_own_to_take_or_refuse(x, weight, bias):
+    """oneDNN takes other types without a word, and of other shapes says that it could not create a primitive descriptor."""
+    try:
+        expected = F.linear(x, weight, bias)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError) as found:
+            linear(x, weight, bias)
+        assert str(found.value) == str(error) and "primitive" not in str(error)
+    else:
+        assert torch.equal(linear(x, weight, bias), expected)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.autograd.forward_ad scripts something of its own
+def test_tangents_of_forward_mode_are_kept():
+    """no_grad does not switch forward-mode derivatives off."""
+    x, weight, tangent = torch.randn(3, 4), torch.randn(6, 4), torch.randn(3, 4)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent), weight)).tangent
+        torch.testing.assert_close(found, F.linear(tangent, weight))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_traced_mlp_is_of_torchs_own_operations():
+    """torch.jit.trace, which other converters start from, knows no oneDNN, and must not fix the number of tokens."""
+    mlp = Mlp(8, 24)
+    traced = torch.jit.trace(mlp, torch.randn(ROWS + 1, 8))
+    for count in (1, 5, 3 * ROWS):
+        x = torch.randn(count, 8)
+        torch.testing.assert_close(traced(x), mlp(x))
 
 
 def test_functions_of_functions_work():

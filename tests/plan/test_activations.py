@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import manyscale as ms
 from manyscale.config import Memory
 from manyscale.models.paths import set_attention
-from manyscale.ops import attention
-from manyscale.plan.activations import activations, walk
+from manyscale.ops import attention, kernel
+from manyscale.ops.windows import layout
+from manyscale.plan.activations import Attended, How, _kernel, activations, walk
 from manyscale.plan.memory import leans, memory
 from manyscale.presets import model_config
 
@@ -128,6 +129,26 @@ def test_lean_ways_keep_less_and_less():
     ]
     assert peaks[-1] < 0.12 * peaks[0] and peaks[-1] == min(peaks) and peaks[0] == max(peaks)
     assert found["--checkpointing blocks"][0] == found["--checkpointing blocks --sequential 2"][0]
+
+
+@pytest.mark.parametrize("width", [32, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", [4, 7, 8, 12])
+def test_partial_sums_of_a_bias_are_the_kernels_own(side, dtype, width):
+    """As many as programs share the windows, which is fewer where a window has tiles."""
+    heads, batch = 3, 512
+    qkv = torch.empty(batch, side * side, 3, heads, width, dtype=dtype)
+    tables = kernel.tables(layout((side, side), (side, side), shifted=False, mask_padding=True), mask_padding=True)
+    launched = kernel._Plan.of(qkv, *tables[:2], kernel.block_of(qkv))
+    how = How(Memory(attention="kernel"), batch, "cuda", dtype.itemsize, dtype.itemsize, 4)
+    with_bias, without = (_kernel(Attended(batch, 1, heads, side * side, heads * width, True, bias), how) for bias in (4, 0))
+    sums = (with_bias.backward - with_bias.kept) - (without.backward - without.kept)
+    assert sums == 4 * launched.loops * heads * side**4
+
+
+def test_a_budget_that_a_row_exceeds_is_no_plan():
+    with pytest.raises(ValueError, match="field `attention_memory`: 1,000 bytes; a row of 64 tokens in 3 heads takes 3,072, give more"):
+        activations(model_config("swinv2_tiny"), Memory(attention="sequential", attention_memory="1kB"))
 
 
 def test_kernels_are_of_windows_on_a_gpu():

@@ -1,6 +1,8 @@
 """A file is what the net is: read back, run by its own engine, at other batch sizes than it was made with."""
 
 import json
+import os
+import re
 import sys
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import torch
 import manyscale as ms
 from manyscale.cli import main
 from manyscale.config import Augment, Optim, Preprocess, Setting, SuperViTConfig, SwinConfig, ViTConfig
-from manyscale.models import build
+from manyscale.models import build, set_attention
 from manyscale.ship import export as exporting
 from manyscale.ship.export import CARD, FILES, export, open_engine
 from manyscale.train.loop import train
@@ -157,6 +159,70 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"field `format`: logits of the torch file differ by 0\.0\d of the largest; it was not written"):
         export(net, tmp_path / "out", format="torch")
     assert {file.name: file.read_bytes() for file in first.folder.iterdir()} == kept
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda net: set_attention(net, "sequential"), "field `attention`: sequential is an operation of this package alone"),
+        (lambda net: net.double(), "field `model`: its weights are torch.float64 on cpu; an export is made of float32"),
+        (lambda net: net.to("meta"), "field `model`: its weights are torch.float32 on meta; an export is made of float32 on the CPU"),
+    ],
+)
+def test_nets_that_cannot_go_out_say_what_to_do(spoil, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(spoil(net_of("v2")[0]), tmp_path / "out", format="torch")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"format": "onxx"}, "field `format`: 'onxx' is none of torch"), ({"dtype": "half"}, "field `dtype`: 'half' is none of float32")],
+)
+def test_words_that_are_not_known(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(net_of("v2")[0], tmp_path / "out", **{"format": "torch", **options})
+
+
+def test_a_net_that_has_not_learnt_goes_out(tmp_path):
+    """A fresh ViT's classifier is zero, and so are its logits: nothing to divide a difference by."""
+    assert export(build(ViTConfig(**VIT)), tmp_path, format="torch").difference == 0
+
+
+def test_int8_wants_pictures(tmp_path):
+    needs("openvino")
+    pytest.importorskip("nncf", reason="nncf is not installed: pip install 'manyscale[export]'")
+    with pytest.raises(ValueError, match="field `calibration`: no images to choose the ranges of int8 on"):
+        export(net_of("v2")[0], tmp_path, format="openvino", calibration=iter([]))
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut short", "a type is missing"])
+@pytest.mark.parametrize("format", FILES)
+def test_a_damaged_export_is_named(format, harm, tmp_path):
+    for package in (*exporting.NEEDS[format],):
+        pytest.importorskip(package)
+    file = tmp_path / FILES[format]
+    (tmp_path / CARD).write_text(json.dumps({"format": format} | ({} if harm == "a type is missing" else {"dtype": "float32"})))
+    if harm != "gone":
+        file.write_bytes(b"PK and no more")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: {format} cannot run it .*; export the net again"):
+        open_engine(tmp_path)
+
+
+def test_what_is_half_written_is_no_export(tmp_path, monkeypatch):
+    """Where a file cannot be put in its place, no card stands beside: neither the old one nor the new."""
+    net, true = net_of("v2")[0], os.replace
+    export(net, tmp_path, format="torch")
+
+    def full(source, target):
+        if target == tmp_path / FILES["torch"]:
+            raise OSError("no space left")
+        true(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        export(net, tmp_path, format="torch")
+    assert [file.name for file in tmp_path.iterdir()] == [FILES["torch"]]
 
 
 def test_a_folder_without_an_export_is_named(tmp_path):
