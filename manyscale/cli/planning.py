@@ -8,7 +8,8 @@ from tyro.conf import Positional
 
 from manyscale.cli.costing import cost
 from manyscale.cli.parsing import parse, plain_table, show
-from manyscale.config import Memory, NetConfig, Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, nearest, read_bytes
+from manyscale.config import Memory, NetConfig, Optim, Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, nearest, read_bytes
+from manyscale.config.checks import require
 from manyscale.config.memory import AttentionPath
 from manyscale.presets import list_models, model_config
 from manyscale.storage import write_json
@@ -133,6 +134,7 @@ def _memory(
     gpus: int = 1,
     gpus_per_node: int = 8,
     gpu_memory: str = "",
+    check: bool = False,
 ) -> None:
     """What a training step takes of a GPU: by optimiser, by what is computed again, and over several GPUs by how the net is sharded.
 
@@ -151,12 +153,14 @@ def _memory(
         gpus: over which the net is trained.
         gpus_per_node: over which HSDP shards it.
         gpu_memory: of each, such as 40GB: what fits, the cheapest of that, and the largest batch.
+        check: lay the net out on so many ranks that do nothing, and count the bytes of one: a few seconds, with torch.
     """
     from manyscale.plan import memory as planned
 
     limit = int(_bytes("gpu_memory", gpu_memory) * (1 - planned.FREE)) if gpu_memory else 0
     fields = {key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None}
     unmet = []
+    require(not check or gpus > 1, "check", "there is nothing to share out on one GPU; give --gpus, such as 64")
     for name in list_models(model) or [model]:
         several = isinstance(model_config(name), SuperViTConfig)
         config = model_config(name, **{key: value for key, value in fields.items() if not several or key != "image_size"})
@@ -170,6 +174,8 @@ def _memory(
         if not limit and gpus == 1:
             _show_optimisers(name, config, ema)
         _show_steps(name, job, leans, shardings, limit)
+        if check:
+            _show_check(config, states, shardings, Optim(method=method, momentum=momentum), gpus, gpus_per_node)
         if limit:
             try:
                 print("\n".join(planned.advise(job, leans, shardings, limit)) + "\n")
@@ -215,6 +221,19 @@ def _show_steps(name: str, job: Any, leans: dict[str, Memory], shardings: Sequen
     show(plain_table(("kept less by", "kept", "activations", *(how.name for how in shardings)), rows, right=1, title=title))
     print("kept: what the forward pass leaves for the backward pass; activations: the most alive of a step; then all of a GPU's, with\n"
           "weights, their copies in bfloat16, gradients and the optimiser" + "; * fits, with a tenth left free" * (limit > 0))  # fmt: skip
+
+
+def _show_check(config: NetConfig, states: Any, shardings: Sequence[Any], optim: Optim, ranks: int, node: int) -> None:
+    """What belongs to the weights on a rank, planned and counted."""
+    from manyscale.ship.rehearse import rehearse
+
+    found = rehearse(config, states, shardings, optim, ranks=ranks, node=min(node, ranks))
+    rows = [(each.name, f"{each.planned / 2**30:.3f}", f"{each.found / 2**30:.3f}", f"{each.ratio:.3f}") for each in found]
+    title = f"weights, gradients and moments of the first of {ranks} ranks, GiB"
+    show(plain_table(("", "planned", "counted", "ratio"), rows, right=1, title=title))
+    print(
+        "counted: laid out by torch; a weight is cut along its first axis, into pieces that are uneven where the ranks do not divide it\n"
+    )
 
 
 PLANS: dict[str, tuple[Callable[..., None], str]] = {

@@ -89,11 +89,12 @@ class Spread:
         self.twin = copy.deepcopy(net)
         for one in filter(None, (net, average)):
             one.to("meta")
-            self._shard(one)
+            self.shard(one)
             one.to_empty(device="cpu" if self.how.offload else self.device)
             set_model_state_dict(one, dict(numbers), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
-    def _shard(self, net: nn.Module) -> None:
+    def shard(self, net: nn.Module) -> None:
+        """Cut a net's parameters into one shard a rank: block by block, then what is outside of blocks."""
         options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.how.shard != "zero2"}
         if self.precision == torch.bfloat16:
             options["mp_policy"] = _policy(net)
