@@ -285,6 +285,7 @@ def convert(arguments: list[str]) -> None:
         crop_ratio: float = 0.875,
         statistics: Literal["imagenet", "half"] = "imagenet",
         interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic",
+        allow_nonfinite: bool = False,
     ) -> None:
         """Read a Swin, ViT or SuperViT checkpoint of another project.
 
@@ -303,13 +304,15 @@ def convert(arguments: list[str]) -> None:
             crop_ratio: of the evaluation's centre crop; 0: squash.
             statistics: mean and deviation of its pictures; half: 0.5 both, as most ViTs.
             interpolation: how pictures are resized.
+            allow_nonfinite: take weights that are NaN or infinite.
         """
         from manyscale.heads.pixels import MaskedImages, save_masked
         from manyscale.models import save
         from manyscale.ship.convert import convert as read
 
         fields = {"image_size": image_size, "sizes": sizes, "window": window, "pretrained_window": pretrained_window, "classes": classes}
-        model = read(file, source=source, name=name, ema=ema, **{key: value for key, value in fields.items() if value is not None})
+        given = {key: value for key, value in fields.items() if value is not None}
+        model = read(file, source=source, name=name, ema=ema, allow_nonfinite=allow_nonfinite, **given)
         net = model.encoder if isinstance(model, MaskedImages) else model
         numbers = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} if statistics == "half" else {}
         net.preprocess = Preprocess(image_size=net.config.size, crop_ratio=crop_ratio, interpolation=interpolation, **numbers)
