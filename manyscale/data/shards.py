@@ -8,16 +8,18 @@ size into memory, and before its 2025 fix turned in circles on negative sizes (C
 Format: POSIX.1-2017 pax, "ustar Interchange Format" and its extended headers; GNU's long names.
 """
 
+import io
 import os
 import stat
 import tarfile
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from manyscale.data.images import BadImage, Mark, check_mark, check_size, decode_image
+from manyscale.data.images import BadImage, Mark, check_mark, check_size, decode_image, read_content
 from manyscale.data.layout import DEEPEST
 
 BLOCK = 512
@@ -206,3 +208,18 @@ class Members:
 
     def path(self, index: int) -> str:
         return f"{self._shards[self._places[index]['shard']]}:{self.name(index)}"
+
+
+def pack(root: str, names: Sequence[str], path: Path, done: Callable[[int], Any]) -> None:
+    """Write the files of these names below `root` to a plain tar, all with the same owner, mode and date.
+
+    Raises:
+        BadImage: a file that is no regular one, or cannot be read.
+    """
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in names:
+            content = read_content(os.path.join(root, name))
+            header = tarfile.TarInfo(name)
+            header.size, header.mode = len(content), 0o644
+            tar.addfile(header, io.BytesIO(content))
+            done(1)
