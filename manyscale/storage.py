@@ -78,10 +78,9 @@ def read_text(path: Path | str, limit: int) -> str:
     check_file(path)
     try:
         with open(path, "rb") as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise ValueError(f"{path}: more than {limit:,} bytes; no file that this package writes is so large")
-        return content.decode()
+            if os.fstat(file.fileno()).st_size > limit:
+                raise ValueError(f"{path}: more than {limit:,} bytes; no file that this package writes is so large")
+            return file.read().decode()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

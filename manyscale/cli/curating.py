@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from tyro.conf import Positional
 
-from manyscale.cli.parsing import leave, parse, plain_table, show
+from manyscale.cli.parsing import leave, parse, plain, plain_table, show
 from manyscale.config import nearest
 from manyscale.storage import write
 
@@ -129,7 +129,7 @@ def _repair(
         again = ", `manyscale data index` makes the index anew" if moves.moved and known else ""
         print(f"moved {len(moves.moved):,} files{where}{again}")
     for key, why in moves.left:
-        print(f"left {key if key.isprintable() else ascii(key)}: {why}", file=sys.stderr)
+        print(f"left {plain(key)}: {why}", file=sys.stderr)
     if moves.left:
         raise SystemExit(1)
 
@@ -179,8 +179,7 @@ def _look(root: str, index: str, max_pixels: int, workers: int, seconds: float) 
 
 def _tell(findings: list[Any], checked: int, known: bool, data: str, out: str) -> None:
     for finding in findings[:SHOWN]:
-        path = finding.path if finding.path.isprintable() else ascii(finding.path)
-        print(f"{'bad' if finding.bad else 'odd'}  {finding.kind}: {path}: {finding.reason}")
+        print(f"{'bad' if finding.bad else 'odd'}  {finding.kind}: {plain(finding.path)}: {plain(finding.reason)}")
     if len(findings) > SHOWN:
         print(f"and {len(findings) - SHOWN:,} more; {f'all are in {out}' if out else '--out FILE lists all'}")
     counts = Counter((not finding.bad, finding.kind) for finding in findings)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from tyro.conf import Positional
 
-from manyscale.cli.parsing import parse
+from manyscale.cli.parsing import parse, plain
 from manyscale.config import Preprocess, Setting, Size, SuperViTConfig, ViTConfig, Windows, to_dict
 from manyscale.storage import write, write_json
 
@@ -84,7 +84,7 @@ def evaluate(arguments: list[str]) -> None:
         bad: list[str] = []
         metrics = measure(
             model,
-            lambda path, reason: bad.append(f"left out {path}: {reason}"),
+            lambda path, reason: bad.append(f"left out {plain(path)}: {plain(reason)}"),
             data=data,
             split=split,
             setting=setting,
@@ -192,7 +192,7 @@ def _paint(model: str, files: list[str], folder: Path, device: str, json_lines: 
         if json_lines:
             print(json.dumps(record))
         else:
-            print(f"{record['path']}: {record['error'] if 'error' in record else 'l1 {:.4f}'.format(record['l1'])}")
+            print(f"{plain(record['path'])}: {record['error'] if 'error' in record else 'l1 {:.4f}'.format(record['l1'])}")
     write(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     good = [answer for answer in answers if answer.painted]
     if not good:
@@ -215,9 +215,9 @@ def _print_predictions(answers: list[Any]) -> None:
     table = Table("file", "top", "probability", box=None, pad_edge=False)
     for answer in answers:
         if answer.error:
-            table.add_row(escape(answer.path), f"[red]{escape(answer.error)}[/red]", "")
+            table.add_row(escape(plain(answer.path)), f"[red]{escape(plain(answer.error))}[/red]", "")
         for rank, (label, probability) in enumerate(answer.top):
-            table.add_row("" if rank else escape(answer.path), escape(label), f"{probability:.1%}")
+            table.add_row("" if rank else escape(plain(answer.path)), escape(plain(label)), f"{probability:.1%}")
     Console(highlight=False).print(table)
 
 
