@@ -292,7 +292,7 @@ def find_folder(data: str) -> str:
             return os.path.abspath(place)
     names = [DIGITS, *(name for name, is_folder in Folder(home).entries("") if is_folder)] if os.path.isdir(home) else [DIGITS]
     raise ValueError(
-        f"field `data`: no folder or .tar {data!r} here, and no set of that name in {home} ($MANYSCALE_DATA); give the path of a folder "
+        f"field `data`: no folder {data!r} here, no .tar, and no set of that name in {home} ($MANYSCALE_DATA); give the path of a folder "
         f"with one sub-folder per class, such as ./flowers, or the name of a set: {nearest(data, names)}"
     )
 

@@ -260,7 +260,7 @@ def test_wrong_calls(root, capsys):
         (["verfy", root], "did you mean `verify`"),
         ([], "give what to do: index, verify, repair, pack"),
         (["verify", "digits"], "digits are part of scikit-learn"),
-        (["verify", root / "gone"], "field `data`: no folder or .tar"),
+        (["verify", root / "gone"], "field `data`: no folder"),
         (["verify", root, "--seconds", "0"], "field `seconds`"),
         (["verify", root, "--workers", "0"], "field `workers`"),
         (["pack", root, root / "x.zip"], "the name of a .tar"),
