@@ -102,3 +102,4 @@ def serve() -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # taking the engine down would take seconds
