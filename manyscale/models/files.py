@@ -178,7 +178,9 @@ def check_finite(tensors: Mapping[str, Any], where: str) -> None:
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(f"{where}: NaN or infinity in {', '.join(bad[:10])}{more}; `allow_nonfinite` loads them all the same")
+        raise ValueError(
+            f"{where}: NaN or infinity in {', '.join(bad[:10])}{more}; did its run diverge? `allow_nonfinite` loads them all the same"
+        )
 
 
 def check_tensors(model: Net, tensors: dict[str, Any], where: str) -> None:
