@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +19,6 @@ from tests.conftest import loud
 MEMORY = 1 << 29  # bytes that a case may take beyond the imported engine
 NET = {"image_size": 16, "patch": 2, "window": 4, "width": 8, "depths": (1, 1), "heads": (1, 2), "classes": 2}
 WORDS = ["--image-size", "16", "--patch", "2", "--window", "4", "--width", "8", "--depths", "1", "1", "--heads", "1", "2"]
-COVERED: dict[str, set[str]] = defaultdict(set)  # row -> entry points
-FAILED: list[str] = []
 
 
 class Outcome(NamedTuple):
@@ -130,10 +127,6 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     mark = item.get_closest_marker("row")
     if mark and call.when == "call":
-        for number in mark.args:
-            COVERED[str(number)].add(item.originalname)
-        if report.failed:
-            FAILED.append(item.nodeid)
         report.rows = list(mark.args)
 
 

@@ -40,7 +40,10 @@ JSON = {
 }
 
 
-@pytest.mark.parametrize("entry", ["config.json", "recipe.json", "cascade.json", "safetensors", "index", "table.json"])
+OTHERS = ("recipe.json", "cascade.json", "safetensors", "index", "table.json")
+
+
+@pytest.mark.parametrize("entry", ["config.json", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.row(82)
 def test_json_is_read_strictly(run, pictures, trained, tmp_path, entry):
     for case, (text, said) in JSON.items():
