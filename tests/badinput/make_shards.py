@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from tests.badinput.make_weights import Payload
 
-Pickled = Payload
-
 
 class Case(NamedTuple):
     """A set, and what is expected of it."""
@@ -106,7 +104,7 @@ def row_77_bombs(folder: Path, pictures: Path) -> dict[str, Case]:
 def row_78_pickled_members(folder: Path, pictures: Path) -> dict[str, Case]:
     import pickle
 
-    payload = pickle.dumps(Pickled())
+    payload = pickle.dumps(Payload())
     more = {f"train/cat/0.{ending}": payload for ending in ("pkl", "pyd", "pth", "cls")} | {"train/cat/bad.png": payload}
     return {"pickled": Case(str(tarred(folder / "pickled.tar", contents(pictures) | more)), True, ("not-an-image", "other-file"))}
 

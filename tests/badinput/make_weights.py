@@ -24,7 +24,7 @@ Cases = dict[str, tuple[Path, tuple[str, ...]]]
 
 
 class Payload:
-    """Unpickled, it would call `payload.go`, which leaves a proof."""
+    """Unpickled, it would run a command that leaves the proof (see the fixture `proof`)."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("touch 'code ran'",)
