@@ -2,12 +2,16 @@
 
 import errno
 import json
+import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+JSON_BYTES = 64 << 20  # what `read_json` takes at most
 
 
 def write(path: Path | str, content: bytes | str | Callable[[Path], None]) -> None:
@@ -57,14 +61,82 @@ def read_json(path: Path | str) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: no such file, not JSON, or not an object; the message names the file.
+        ValueError: no such file, not JSON as `parse_json` takes it, or not an object; the message names the file.
     """
-    try:
-        value = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON, perhaps half-written: {error}") from None
+    value = parse_json(read_text(path, JSON_BYTES), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return value
+
+
+def read_text(path: Path | str, limit: int) -> str:
+    """A text file of at most `limit` bytes.
+
+    Raises:
+        ValueError: no such file, no regular one, not readable (with its mode and owner), larger, or not UTF-8.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > limit:
+                raise ValueError(f"{path}: more than {limit:,} bytes; no file that this package writes is so large")
+            return file.read().decode()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text, perhaps half-written: {error}") from None
+
+
+def check_file(path: Path | str) -> None:
+    """See that `path` is a regular file that may be read: before opening, as opening a pipe waits for a writer.
+
+    Raises:
+        ValueError: it is not; says what it is, or whose.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        link = f", a link to {os.readlink(path)}" if os.path.islink(path) else ""
+        raise ValueError(f"{path}{link}: cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path}: not a regular file")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        mode = stat.S_IMODE(found.st_mode)
+        raise ValueError(f"{path}: cannot be read: its mode is {mode:04o}, its owner user {found.st_uid}, not this one; ask for chmod a+r")
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """JSON, strictly: what other readers would understand otherwise, or choke on, is refused.
+
+    Args:
+        where: what the errors call the text, such as a file's name.
+
+    Raises:
+        ValueError: not JSON; NaN, infinity or a number beyond 64 bits; a name twice in one object; nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite, parse_int=_short)
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON of this package: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON, perhaps half-written: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name `{next(name for name in names if names.count(name) > 1)}` stands twice in one object")
+    return values
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return float(text)
+
+
+def _short(text: str) -> int:
+    if len(text) > 20:  # of 2^64 and its sign
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 import manyscale
 from manyscale.cli.benching import bench
+from manyscale.cli.curating import data
 from manyscale.cli.exporting import export
 from manyscale.cli.learning import demo, study, train
 from manyscale.cli.parsing import leave
@@ -68,6 +69,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "transfer": transfer,
     "convert": convert,
     "export": export,
+    "data": data,
     "plan": plan,
     "bench": bench,
     "models": models,

@@ -17,8 +17,14 @@ def parse(function: Callable[..., Any], name: str, arguments: list[str], **optio
 
 def leave(message: str, code: int) -> NoReturn:
     """End the process: a sentence for the person, an exit code for the shell."""
-    print(f"manyscale: {message}", file=sys.stderr)
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # of files' names, see `plain`
+    print(f"manyscale: {shown}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def plain(text: str) -> str:
+    """`text` as one printable line: names of files may hold line breaks and what terminals take for orders."""
+    return text if text.isprintable() else ascii(text)
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: int, title: str | None = None) -> Table:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from tyro.conf import Positional
 
-from manyscale.cli.parsing import parse
+from manyscale.cli.parsing import parse, plain
 from manyscale.storage import write_json
 
 
@@ -53,7 +53,7 @@ def fewshot(arguments: list[str]) -> None:
         bad: list[str] = []
         scores = probe(
             model,
-            lambda path, reason: bad.append(f"left out {path}: {reason}"),
+            lambda path, reason: bad.append(f"left out {plain(path)}: {plain(reason)}"),
             data=data,
             split=split,
             shots=shots,

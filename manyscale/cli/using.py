@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from tyro.conf import Positional
 
-from manyscale.cli.parsing import parse
+from manyscale.cli.parsing import parse, plain
 from manyscale.config import Preprocess, Setting, Size, SuperViTConfig, ViTConfig, Windows, to_dict
 from manyscale.storage import write, write_json
 
@@ -84,7 +84,7 @@ def evaluate(arguments: list[str]) -> None:
         bad: list[str] = []
         metrics = measure(
             model,
-            lambda path, reason: bad.append(f"left out {path}: {reason}"),
+            lambda path, reason: bad.append(f"left out {plain(path)}: {plain(reason)}"),
             data=data,
             split=split,
             setting=setting,
@@ -192,7 +192,7 @@ def _paint(model: str, files: list[str], folder: Path, device: str, json_lines: 
         if json_lines:
             print(json.dumps(record))
         else:
-            print(f"{record['path']}: {record['error'] if 'error' in record else 'l1 {:.4f}'.format(record['l1'])}")
+            print(f"{plain(record['path'])}: {record['error'] if 'error' in record else 'l1 {:.4f}'.format(record['l1'])}")
     write(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     good = [answer for answer in answers if answer.painted]
     if not good:
@@ -215,9 +215,9 @@ def _print_predictions(answers: list[Any]) -> None:
     table = Table("file", "top", "probability", box=None, pad_edge=False)
     for answer in answers:
         if answer.error:
-            table.add_row(escape(answer.path), f"[red]{escape(answer.error)}[/red]", "")
+            table.add_row(escape(plain(answer.path)), f"[red]{escape(plain(answer.error))}[/red]", "")
         for rank, (label, probability) in enumerate(answer.top):
-            table.add_row("" if rank else escape(answer.path), escape(label), f"{probability:.1%}")
+            table.add_row("" if rank else escape(plain(answer.path)), escape(plain(label)), f"{probability:.1%}")
     Console(highlight=False).print(table)
 
 
@@ -285,6 +285,7 @@ def convert(arguments: list[str]) -> None:
         crop_ratio: float = 0.875,
         statistics: Literal["imagenet", "half"] = "imagenet",
         interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic",
+        allow_nonfinite: bool = False,
     ) -> None:
         """Read a Swin, ViT or SuperViT checkpoint of another project.
 
@@ -303,13 +304,15 @@ def convert(arguments: list[str]) -> None:
             crop_ratio: of the evaluation's centre crop; 0: squash.
             statistics: mean and deviation of its pictures; half: 0.5 both, as most ViTs.
             interpolation: how pictures are resized.
+            allow_nonfinite: take weights that are NaN or infinite.
         """
         from manyscale.heads.pixels import MaskedImages, save_masked
         from manyscale.models import save
         from manyscale.ship.convert import convert as read
 
         fields = {"image_size": image_size, "sizes": sizes, "window": window, "pretrained_window": pretrained_window, "classes": classes}
-        model = read(file, source=source, name=name, ema=ema, **{key: value for key, value in fields.items() if value is not None})
+        given = {key: value for key, value in fields.items() if value is not None}
+        model = read(file, source=source, name=name, ema=ema, allow_nonfinite=allow_nonfinite, **given)
         net = model.encoder if isinstance(model, MaskedImages) else model
         numbers = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)} if statistics == "half" else {}
         net.preprocess = Preprocess(image_size=net.config.size, crop_ratio=crop_ratio, interpolation=interpolation, **numbers)

@@ -33,7 +33,9 @@ class Preprocess:
 class Input:
     """Where the pictures come from and how they are read."""
 
-    data: str = "digits"  # `digits`, a folder of class folders, or the name of one under $MANYSCALE_DATA
+    data: str = (
+        "digits"  # `digits`, a folder of class folders, a .tar of one or a folder of .tars, or the name of one under $MANYSCALE_DATA
+    )
     holdout: float = 0.1  # fraction kept for evaluation where the set brings no val or test split
     held_out: int = 0  # evaluate on so many of the held-out pictures while training, evenly spread over them; 0: all
     share: float = 1.0  # of the training pictures of every class, chosen by seed and file names: learning from fewer labels
@@ -42,6 +44,7 @@ class Input:
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     bad_files: Literal["skip", "stop"] = "skip"  # what cannot be read: report it, train on another, evaluate without; or end the run
     max_pixels: int = 64_000_000  # larger pictures count as bad before they are decoded (decompression bombs)
+    verify: bool = False  # hash every picture that is read: one that is not as `manyscale data index` saw it counts as bad
     cache: bool = False  # keep decoded pictures in memory: for small sets of small pictures
     resident: bool = False  # keep the training pictures on the device, crop and flip them there by the batch; all of one size
     workers: int = -1  # loader processes; 0: load in the training process; -1: one less than the cores, at most 8

@@ -1,13 +1,16 @@
 """Reading one picture from a file nobody vouches for: an RGB image, or a `BadImage` that says why not."""
 
 import contextlib
+import io
 import os
 import stat
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import xxhash
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -32,7 +35,17 @@ _READERS: dict[bytes, type[ImageFile]] = {
     **{b"P%d" % kind: PpmImageFile for kind in range(1, 7)},
 }
 FORMATS = tuple(dict.fromkeys(reader.format for reader in _READERS.values()))
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+EXTENSIONS = tuple(ending for endings in ENDINGS.values() for ending in endings)
+LARGEST = 1 << 30  # bytes of a file that is read whole
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _TURNS = {
@@ -50,14 +63,26 @@ if hasattr(os, "register_at_fork"):  # a worker forked while another thread read
 
 
 class BadImage(Exception):
-    """A picture that cannot be read: `path` and, in a few words, `reason`. Its text is one printable line."""
+    """A picture that cannot be read: `path`, in a few words `reason`, and in one its `kind`. Its text is one printable line."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
+    def __init__(self, path: str, reason: str, kind: str = "damaged") -> None:
+        super().__init__(path, reason, kind)
+        self.path, self.reason, self.kind = path, reason, kind
 
     def __str__(self) -> str:
         return f"{self.path if self.path.isprintable() else ascii(self.path)}: {self.reason}"
+
+
+class Mark(NamedTuple):
+    """What an index knows of a sample's bytes."""
+
+    bytes: int
+    xxh3_128: str  # hexadecimal
+
+    @classmethod
+    def of(cls, content: bytes) -> "Mark":
+        """The mark of these bytes."""
+        return cls(len(content), xxhash.xxh3_128_hexdigest(content))
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
@@ -66,7 +91,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM by content, whatever the file is called; of animations and multi-page files
     the first picture. EXIF orientation is applied, and ignored where it is damaged. Transparency is dropped, not blended:
     pixels keep the colour that is stored under it, as timm and torchvision do. 16-bit grey is scaled to 8 bits; colour
-    profiles are ignored. Damage that still decodes (a flipped bit in a JPEG) cannot be seen here.
+    profiles are ignored. Damage that still decodes (a flipped bit in a JPEG) cannot be seen here, but by its `Mark`.
 
     Args:
         max_pixels: pictures of more pixels are refused by their header, before anything is decoded.
@@ -75,23 +100,81 @@ def read_image(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         BadImage: anything else; no other error and no warning of Pillow's gets out. Safe in threads and in workers.
     """
     path = os.fsdecode(path)
+    with _opened(path) as stream:
+        return _read(stream, path, max_pixels)
+
+
+def decode_image(content: bytes, path: str, max_pixels: int) -> Image.Image:
+    """As `read_image`, the picture in these bytes; `path` is what errors call them."""
+    return _read(io.BytesIO(content), path, max_pixels)
+
+
+def read_content(path: str) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        BadImage: no regular file, not readable, or larger than `LARGEST`.
+    """
+    with _opened(path) as stream:
+        check_size(path, os.fstat(stream.fileno()).st_size)
+        return stream.read()
+
+
+def check_size(path: str, size: int) -> None:
+    """See that so many bytes may be held in memory. Raises `BadImage`."""
+    if size > LARGEST:
+        raise BadImage(path, f"{size:,} bytes, more than the {LARGEST:,} that a picture may have", "too-large")
+
+
+def check_mark(content: bytes, mark: Mark, path: str) -> None:
+    """See that these are the bytes that were indexed. Raises `BadImage`."""
+    found = Mark.of(content)
+    if found.bytes != mark.bytes:
+        raise BadImage(path, f"changed since it was indexed: {mark.bytes:,} bytes then, {found.bytes:,} now", "changed")
+    if found != mark:
+        raise BadImage(path, "changed since it was indexed: as many bytes, others", "changed")
+
+
+def remarks(content: bytes, path: str) -> Iterator[tuple[str, str]]:
+    """What is odd about a picture that can be read: kind and reason of each oddity."""
+    reader = _reader(content[:16])
+    ending = os.path.splitext(path)[1].lower()
+    if reader and ending not in ENDINGS[reader.format]:
+        yield "ending", f"a {reader.format}, by its name {ending or 'nothing'}; read by its content"
+    if reader in (GifImageFile, WebPImageFile, PngImageFile, TiffImageFile):
+        with contextlib.suppress(Exception), _quiet():
+            if getattr(reader(io.BytesIO(content)), "is_animated", False):
+                yield "several-pictures", "an animation or several pages; the first picture is taken"
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a fifo waits for a writer
-            raise BadImage(path, "not a regular file")
+            raise BadImage(path, "not a regular file", "not-a-file")
         with open(path, "rb") as stream:
-            head = stream.read(16)
-            reader = next((reader for magic, reader in _READERS.items() if head.startswith(magic)), None)
-            if not head:
-                raise BadImage(path, "empty file")
-            if reader is None:
-                raise BadImage(path, f"not an image: starts with {head[:4]!r}, none of {', '.join(FORMATS)}")
-            stream.seek(0)
-            return _decode(stream, reader, path, max_pixels)
+            yield stream
     except OSError as error:
-        raise BadImage(path, f"cannot be read: {error.strerror or error}") from None
+        kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise BadImage(path, f"cannot be read: {error.strerror or error}", kind) from None
 
 
-def _decode(stream: object, reader: type[ImageFile], path: str, max_pixels: int) -> Image.Image:
+def _reader(head: bytes) -> type[ImageFile] | None:
+    return next((reader for magic, reader in _READERS.items() if head.startswith(magic)), None)
+
+
+def _read(stream: BinaryIO, path: str, max_pixels: int) -> Image.Image:
+    head = stream.read(16)
+    if not head:
+        raise BadImage(path, "empty file", "empty")
+    reader = _reader(head)
+    if reader is None:
+        page = head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+        what = "a web page, " if page else ""
+        raise BadImage(
+            path, f"not an image: starts with {head[:4]!r}, {what}none of {', '.join(FORMATS)}", "web-page" if page else "not-an-image"
+        )
+    stream.seek(0)
     # Pillow raises nearly everything on damaged bytes: OSError, SyntaxError, ValueError, ZeroDivisionError, zlib.error, ...
     try:
         with _quiet():
@@ -100,14 +183,15 @@ def _decode(stream: object, reader: type[ImageFile], path: str, max_pixels: int)
         raise BadImage(path, f"damaged {reader.format} header: {_message(error)}") from None
     width, height = image.size
     if width * height > max_pixels:
-        raise BadImage(path, f"{width} x {height} pixels is more than max_pixels {max_pixels}")
+        raise BadImage(path, f"{width} x {height} pixels is more than max_pixels {max_pixels}", "too-large")
     try:
         with _quiet() if reader is TiffImageFile else contextlib.nullcontext():  # TIFF reads metadata once more when it decodes
             image.load()
         turn = _TURNS.get(_orientation(image))
         image = _to_rgb(image)
     except Exception as error:
-        raise BadImage(path, f"cannot be decoded: {_message(error)}") from None
+        reason = _message(error)
+        raise BadImage(path, f"cannot be decoded: {reason}", "truncated" if "truncated" in reason else "damaged") from None
     return image if turn is None else image.transpose(turn)
 
 

@@ -1,19 +1,21 @@
-"""Where pictures come from: sets, their splits and their classes, listed in an order that no file system can change."""
+"""Where pictures come from: sets in folders, tars or memory, and their splits."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from manyscale.config import Input, nearest
-from manyscale.data.images import EXTENSIONS, BadImage, read_image
+from manyscale.data.images import BadImage, Mark, check_mark, decode_image, read_content, read_image
+from manyscale.data.index import Set, index_path, open_set, read_index
+from manyscale.data.layout import EVALUATION, Folder, class_names, class_pictures, loose_pictures, split_folders
+from manyscale.data.shards import Members
 
 DIGITS = "digits"
-_EVALUATION = ("val", "valid", "validation", "test")  # folders that training may evaluate on, the preferred first
-_LAYOUT = "put each class's pictures into a folder of its own, as in {0}/cat/1.jpg, or {0}/train/cat/1.jpg and {0}/val/cat/1.jpg"
 
 
 class Source(Protocol):
@@ -53,19 +55,27 @@ class Split(NamedTuple):
 
 
 class Files:
-    """Pictures in files under `root`, as a `Source`; files above `max_pixels` are bad."""
+    """Pictures in files under `root`, as a `Source`; files above `max_pixels` are bad, and with `marks` those that have others."""
 
-    def __init__(self, root: str, names: Sequence[str], labels: Sequence[int], max_pixels: int) -> None:
+    def __init__(
+        self, root: str, names: Sequence[str], labels: Sequence[int], max_pixels: int, marks: Sequence[Mark] | None = None
+    ) -> None:
         self.root, self.max_pixels = root, max_pixels
         # One array of bytes is shared by forked workers; the reference counts of a list of strings would copy it page by page.
         self._names = np.array([os.fsencode(name) for name in names])
         self._labels = np.array(labels, dtype=np.int64)
+        self._marks = None if marks is None else np.array(marks, dtype=[("bytes", np.int64), ("xxh3_128", "S32")])
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def read(self, index: int) -> Image.Image:
-        return read_image(self.path(index), self.max_pixels)
+        if self._marks is None:
+            return read_image(self.path(index), self.max_pixels)
+        size, digest = self._marks[index].tolist()
+        content = read_content(self.path(index))
+        check_mark(content, Mark(size, digest.decode()), self.path(index))
+        return decode_image(content, self.path(index), self.max_pixels)
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
@@ -175,7 +185,7 @@ class Part:
 
 
 def open_splits(settings: Input, seed: int, *, labelled: bool = True) -> Splits:
-    """The set that `settings.data` names, in two parts: `digits`, or a folder of class folders (see `open_split`).
+    """The set that `settings.data` names, in two parts: `digits`, or class folders on disk or in tars (see `open_split`).
 
     Args:
         seed: chooses the hold-out where the set brings no evaluation split; the same seed, the same pictures.
@@ -204,6 +214,9 @@ def open_split(settings: Input, split: str, seed: int, *, labelled: bool = True)
     there are class folders the same pictures are held out and shared as labelled: what learns from them later was not
     pre-trained on its held-out pictures, but for classes too small to give the fraction one.
 
+    Members of a .tar, or of the .tars in a folder, lie in such folders by their names, and are held out as the same files
+    would be. With `settings.verify`, a picture that is not what the set's index says (`data.index`) is bad.
+
     Raises:
         ValueError: as `open_splits`.
     """
@@ -222,120 +235,66 @@ def _open_whole(settings: Input, split: str, seed: int, labelled: bool) -> tuple
         _check_known(split, ("train", "val"), DIGITS)
         digits = Digits(held_out=split == "val")
         return Split(digits, Digits.classes if labelled else ()), [digits.label(index) for index in range(len(digits))]
-    root = find_folder(settings.data)
-    folders = _split_folders(root)
-    evaluation = next((folders[name] for name in _EVALUATION if name in folders), None)
+    whole = open_set(find_folder(settings.data))
+    folders = split_folders(whole.tree)
+    evaluation = next((folders[name] for name in EVALUATION if name in folders), None)
     if evaluation:
         known = {**folders, "val": evaluation}
     else:
-        known = dict.fromkeys(("train", "val", "all"), folders.get("train", root))
-    _check_known(split, known, root)
+        known = dict.fromkeys(("train", "val", "all"), folders.get("train", ""))
+    _check_known(split, known, whole.root)
     if labelled:
-        classes = _class_names(folders.get("train", known[split]))
-        names, groups, ignored = _pictures(root, known[split], classes)
+        classes = class_names(whole.tree, folders.get("train", known[split]))
+        names, groups, ignored = class_pictures(whole.tree, known[split], classes)
     else:
         classes = ()
-        names, groups, ignored = _loose_pictures(root, known[split])
+        names, groups, ignored = loose_pictures(whole.tree, known[split])
     if split != "all" and not evaluation:
         kept = np.flatnonzero(_held_out(names, groups, settings.holdout, seed, classes) == (split == "val"))
         names, groups = [names[index] for index in kept], [groups[index] for index in kept]
-    return Split(Files(root, names, groups if labelled else [0] * len(names), settings.max_pixels), classes, ignored), groups
+    skipped = tuple(f"{whole.root}:{name} ({why})" for name, why in whole.skipped)
+    return Split(_source(whole, names, groups if labelled else [0] * len(names), settings), classes, (*ignored, *skipped)), groups
+
+
+def _source(whole: Set, names: list[str], labels: list[int], settings: Input) -> Source:
+    """The pictures of these names; with `settings.verify` read against the set's index."""
+    marks = _marks(whole.root, names) if settings.verify else None
+    if whole.shards:
+        return Members(whole.shards, names, labels, whole.table(names, marks), settings.max_pixels, verify=settings.verify)
+    return Files(whole.root, names, labels, settings.max_pixels, None if marks is None else [marks[name] for name in names])
+
+
+def _marks(root: str, names: list[str]) -> Mapping[str, Mark]:
+    path = index_path(root)
+    if not os.path.exists(path):
+        raise ValueError(f"field `verify`: {root} has no index; run `manyscale data index {root}`")
+    marks = read_index(path).marks
+    new = [name for name in names if name not in marks]
+    if new:
+        raise ValueError(
+            f"field `verify`: {len(new):,} pictures of {root} are not in its index, such as {new[0]!r}; "
+            f"run `manyscale data index {root}` again"
+        )
+    return marks
 
 
 def find_folder(data: str) -> str:
-    """The folder that `data` means: a path, or else a name under $MANYSCALE_DATA (default ~/.cache/manyscale/data).
+    """What `data` means: a folder or a tar by its path, or else by its name under $MANYSCALE_DATA (default ~/.cache/manyscale/data).
 
     Raises:
-        ValueError: neither is there; suggests the nearest name.
+        ValueError: neither is there; suggests the nearest name. Nothing is fetched and nothing is run.
     """
+    if re.match(r"[a-z][a-z0-9+.-]*://|pipe:", data):
+        raise ValueError(f"field `data`: {data!r} is an address or a command; only files of this machine are read: fetch it first")
     home = os.path.expanduser(os.environ.get("MANYSCALE_DATA") or "~/.cache/manyscale/data")
-    for folder in (os.path.expanduser(data), os.path.join(home, data)):
-        if os.path.isdir(folder):
-            return os.path.abspath(folder)
-    names = [DIGITS, *(entry.name for entry in _entries(home) if entry.is_dir())] if os.path.isdir(home) else [DIGITS]
+    for place in (os.path.expanduser(data), os.path.join(home, data)):
+        if os.path.isdir(place) or (place.endswith(".tar") and os.path.lexists(place)):
+            return os.path.abspath(place)
+    names = [DIGITS, *(name for name, is_folder in Folder(home).entries("") if is_folder)] if os.path.isdir(home) else [DIGITS]
     raise ValueError(
-        f"field `data`: no folder {data!r} here, and no set of that name in {home} ($MANYSCALE_DATA); give the path of a folder "
+        f"field `data`: no folder {data!r} here, no .tar, and no set of that name in {home} ($MANYSCALE_DATA); give the path of a folder "
         f"with one sub-folder per class, such as ./flowers, or the name of a set: {nearest(data, names)}"
     )
-
-
-def _split_folders(root: str) -> dict[str, str]:
-    """Split name -> folder; empty where `root` holds the class folders itself, one of which may be called `train`."""
-    found = {entry.name: entry.path for entry in _entries(root) if entry.is_dir()}
-    splits = {name: found[name] for name in ("train", *_EVALUATION) if name in found}
-    nested = "train" in splits and any(entry.is_dir() for entry in _entries(splits["train"]))
-    return splits if nested or len(splits) == len(found) else {}
-
-
-def _class_names(folder: str) -> tuple[str, ...]:
-    entries = _entries(folder)
-    classes = tuple(entry.name for entry in entries if entry.is_dir())
-    if not classes:
-        held = (
-            "pictures but no class folders"
-            if any(_is_picture(entry.name) for entry in entries)
-            else "no class folders and no images at all"
-        )
-        raise ValueError(f"{folder} holds {held}; {_LAYOUT.format(folder)}")
-    return classes
-
-
-def _pictures(root: str, folder: str, classes: tuple[str, ...]) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Paths relative to `root`, and labels, of every picture in the class folders of `folder`; paths of its other files."""
-    found = _class_names(folder)
-    extra, missing = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
-    if extra or missing:
-        lists = [f"{word} {', '.join(names)}" for word, names in (("has besides", extra), ("lacks", missing)) if names]
-        raise ValueError(f"{folder} and the train split must have the same class folders, but it {' and '.join(lists)}")
-    files = [list(_walk(os.path.join(folder, name))) for name in classes]
-    each = [[os.path.relpath(path, root) for path in paths if _is_picture(path)] for paths in files]
-    empty = [name for name, paths in zip(classes, each, strict=True) if not paths]
-    if len(empty) == len(classes):
-        raise ValueError(f"{folder} holds no images at all (names that end in {', '.join(EXTENSIONS)}); {_LAYOUT.format(folder)}")
-    if empty:
-        raise ValueError(f"{folder}: no images for the class {', '.join(empty)}; add some, or remove the empty class folder")
-    if len(classes) == 1:
-        raise ValueError(f"{folder} holds only one class, {classes[0]}; add a folder for each other class")
-    others = tuple(path for paths in files for path in paths if not _is_picture(path))
-    return [path for paths in each for path in paths], [label for label, paths in enumerate(each) for _ in paths], others
-
-
-def _loose_pictures(root: str, folder: str) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """As `_pictures`, for every picture at any depth below `folder`; for labels, numbers of the folders in it that they lie in."""
-    files = list(_walk(folder))
-    paths = [path for path in files if _is_picture(path)]
-    names = [os.path.relpath(path, root) for path in paths]
-    first = [part if rest else "" for part, _, rest in (os.path.relpath(path, folder).partition(os.sep) for path in paths)]
-    number = {name: place for place, name in enumerate(dict.fromkeys(first))}
-    if len(names) < 2:
-        held = f"a single image, {names[0]}" if names else "no images at all"
-        raise ValueError(f"{folder} holds {held} (names that end in {', '.join(EXTENSIONS)}); pre-training needs many, in any sub-folders")
-    return names, [number[name] for name in first], tuple(path for path in files if not _is_picture(path))
-
-
-def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Every file below `folder`, links followed, but not in circles."""
-    status = os.stat(folder)
-    above = (*above, (status.st_dev, status.st_ino))
-    if above[-1] not in above[:-1]:
-        for entry in _entries(folder):
-            if entry.is_dir():
-                yield from _walk(entry.path, above)
-            else:
-                yield entry.path
-
-
-def _is_picture(path: str) -> bool:
-    return path.lower().endswith(EXTENSIONS)
-
-
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What `folder` holds, sorted, nothing hidden."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be listed: {error.strerror}; check its permissions") from None
 
 
 def _held_out(names: Sequence[str], labels: Sequence[int], fraction: float, seed: int, classes: tuple[str, ...]) -> np.ndarray:

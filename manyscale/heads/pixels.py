@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manyscale.config import NetConfig
 from manyscale.models import Net
-from manyscale.models.files import load, read_tensors, save
+from manyscale.models.files import check_finite, load, read_tensors, save
 from manyscale.storage import write
 
 FILE = "pixels.safetensors"
@@ -103,5 +103,6 @@ def load_masked(folder: Path | str) -> MaskedImages:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
         raise ValueError(f"{folder / FILE}: the head is {found}, the encoder beside it needs {expected}")
+    check_finite(tensors, str(folder / FILE))
     model.head.load_state_dict(tensors)
     return model.eval()

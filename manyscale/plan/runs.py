@@ -11,7 +11,7 @@ from manyscale.config import NetConfig, Run, ViTConfig, from_dict, nearest
 from manyscale.plan.count import count
 from manyscale.plan.laws import Point
 from manyscale.presets import model_config
-from manyscale.storage import read_json
+from manyscale.storage import JSON_BYTES, parse_json, read_json, read_text
 
 TRAINING = 6  # FLOPs of training per multiply-add of the forward pass: twice for an addition, thrice for the backward pass
 
@@ -120,17 +120,9 @@ def _of_table(path: Path, metric: str, flops_per_unit: float) -> list[Point]:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not text; give a CSV or JSON table, or the folder of a run") from None
+    text = read_text(path, JSON_BYTES)
     if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
+        rows = parse_json(text, str(path))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path}: expected a list of objects, one a run")
         return rows

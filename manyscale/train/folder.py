@@ -14,7 +14,7 @@ from manyscale.storage import read_json
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
 FREE = {
     *("out", "device", "precision", "compile", "log_every", "tensorboard", "nonfinite"),
-    *("input.workers", "input.cache", "input.loader_timeout"),
+    *("input.workers", "input.cache", "input.verify", "input.loader_timeout"),
     *(f"schedule.{name}" for name in ("save_minutes", "save_steps", "save_beside", "keep", "keep_every", "keep_best")),
     *(f"parallel.{name}" for name in ("shard", "shard_group", "offload", "timeout")),
 }

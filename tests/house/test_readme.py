@@ -33,8 +33,8 @@ def test_commands_exist(command, capsys):
     if verb == "train":
         assert words[0] in RECIPES or words[0].isupper(), command
         place = ["train", words[0] if words[0] in RECIPES else "digits"]
-    elif verb == "plan":
-        place = ["plan", words[0]]
+    elif verb in ("plan", "data"):
+        place = [verb, words[0]]
     if flags:
         with pytest.raises(SystemExit):
             main([*place, "--help"])

@@ -327,7 +327,7 @@ def test_files(tmp_path):
     written = json.loads(file.read_text())
     for change, message in (
         ({"thresholds": [0.5]}, "`thresholds`: 1 for 3 settings"),
-        ({"thresholds": [0.5, math.nan]}, "must be probabilities"),
+        ({"thresholds": [0.5, math.nan]}, "NaN is no finite number"),
         ({"thresholds": [0.5, 1.5]}, "must be probabilities"),
         ({"temperatures": [1.0, 1.0, 0.0]}, "`temperatures`: .* must be positive"),
         ({"temperatures": [1.0]}, "`temperatures`: 1 for 3 settings"),

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,20 +164,29 @@ def test_prefix_of_parallel_training():
         convert({**wrapped, "more": torch.zeros(1)}, NAMES[1])
 
 
-def test_the_command_line_in_a_checkpoint_is_refused_with_a_way_in(tmp_path):
+def test_a_checkpoint_with_its_command_line_is_read(tmp_path):
+    weights = ms.export_weights(made(DEIT), "supervit")
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": weights, "model_ema": moved(weights), "args": argparse.Namespace(lr=1e-3), "epoch": 299}, path)
+    assert_same(ms.export_weights(convert(path), "supervit"), weights)
+    assert_same(ms.export_weights(convert(path, ema=True), "supervit"), moved(weights))
+    torch.save({"model": weights, "args": argparse.Namespace(callback=print)}, path)  # code, even behind a command line
+    with pytest.raises(ValueError, match=r"refused, nothing was run: a pickle that names code .*print"):
+        convert(path)
+
+
+def test_numbers_of_numpy_in_a_checkpoint_are_refused_with_a_way_in(tmp_path):
     weights = ms.export_weights(made(DEIT), "supervit")
     path = tmp_path / "it's a checkpoint.pth"
-    torch.save({"model": weights, "model_ema": moved(weights), "args": argparse.Namespace(lr=1e-3), "epoch": 299}, path)
-    with pytest.raises(ValueError, match=r"refused, nothing was run: a pickle that names code \(argparse\.Namespace\)") as error:
+    torch.save({"model": weights, "best": np.float64(0.8), "args": argparse.Namespace(lr=1e-3)}, path)
+    with pytest.raises(ValueError, match=r"refused, nothing was run: a pickle that names code \(numpy\.\S+scalar\)") as error:
         convert(path)
     *_, command = str(error.value).splitlines()
     program, *arguments = shlex.split(command)
     assert program == "python" and "weights_only=True" in command
     subprocess.run([sys.executable, *arguments], check=True, timeout=120)
-    saved = tmp_path / "weights_of_it's a checkpoint.pth"
-    assert_same(ms.export_weights(convert(saved), "supervit"), weights)
-    assert_same(ms.export_weights(convert(saved, ema=True), "supervit"), moved(weights))
-    torch.save({"model": weights, "args": argparse.Namespace(callback=print)}, path)  # code, even behind a command line
+    assert_same(ms.export_weights(convert(tmp_path / "weights_of_it's a checkpoint.pth"), "supervit"), weights)
+    torch.save({"model": weights, "best": print}, path)
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode and "print" in done.stderr
 

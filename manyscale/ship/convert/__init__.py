@@ -14,6 +14,7 @@ from torch import Tensor
 from manyscale.config import NetConfig, SuperViTConfig, SwinConfig, ViTConfig, nearest
 from manyscale.heads.pixels import MaskedImages
 from manyscale.models import Net, SuperViT, Swin, ViT, build
+from manyscale.models.files import check_finite
 from manyscale.models.kin import to_vit
 from manyscale.presets import SUPERVIT, SWIN, VIT, model_config
 from manyscale.ship.convert import big_vision, mmpretrain, official, simmim, supervit, timm, torchvision, transformers, vit
@@ -24,7 +25,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def convert(
-    weights: Mapping[str, Any] | str | os.PathLike[str], source: str, name: str, *, ema: bool | None = None, **fields: Any
+    weights: Mapping[str, Any] | str | os.PathLike[str],
+    source: str,
+    name: str,
+    *,
+    ema: bool | None = None,
+    allow_nonfinite: bool = False,
+    **fields: Any,
 ) -> Net | MaskedImages:
     """A model of this package from weights of another: `convert("swinv2.pth", source="official", name="swinv2_tiny", window=16)`.
 
@@ -41,6 +48,7 @@ def convert(
         name: a preset; its window, patch, sizes and depths must be the file's.
         ema: True: the moving average of the weights that training kept (model_ema, state_dict_ema), False: the raw weights,
             None: the raw ones, but of a SuperViT's file with state_dict_ema that average, as their authors score them.
+        allow_nonfinite: whether weights may be NaN or infinite.
         fields: of the configuration. `classes` follows from the file (0 where it has no head); 0 leaves its head out. So
             do a ViT's pooling, pre-logits and positions; its GELU, epsilon and way to resize positions are the source's.
             Where a ViT becomes a SuperViT also `image_size`, the one of the file, if it is not the largest of `sizes`.
@@ -52,7 +60,8 @@ def convert(
 
     Raises:
         ValueError: a file that cannot be read, holds code or not the weights that `ema` asks for; an unknown source, name or
-            field; and, all in one message, every tensor that is missing, unknown or of another shape, by its name in the file.
+            field; weights that are NaN or infinite; and, all in one message, every tensor that is missing, unknown or of another
+            shape, by its name in the file.
     """
     state = read(weights) if isinstance(weights, (str, os.PathLike)) else weights
     where = str(weights) if isinstance(weights, (str, os.PathLike)) else "the state dict"
@@ -60,7 +69,7 @@ def convert(
         raise ValueError(f"convert takes a state dict or a file, not a {type(weights).__name__}; of a module, pass .state_dict()")
     state = choose(state, ema, supervit.USUAL if source == "supervit" else (*RAW, *AVERAGED), where)
     if source == "simmim":
-        encoder = convert(state, "official", name, **{**fields, "classes": 0})
+        encoder = convert(state, "official", name, allow_nonfinite=allow_nonfinite, **{**fields, "classes": 0})
         return simmim.put_together(encoder, state, where)
     config, layout, wanted = _read_as(source, name, fields, state, where)
     model, rows, expected = _plan(layout, config)
@@ -68,6 +77,8 @@ def convert(
     if problems:
         hints = _hints(state, expected, config, source, name, fields)
         raise ValueError("\n  ".join([f"{where} does not hold {name} in the layout of {source}:", *problems, *hints]))
+    if not allow_nonfinite:
+        check_finite(wanted, where)
     for stage, learnt in (learnt_windows(layout, config, state) if isinstance(config, SwinConfig) else {}).items():
         if learnt != config.pretrained_windows[stage]:
             raise ValueError(
