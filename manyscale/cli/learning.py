@@ -1,5 +1,6 @@
 """Verbs that train: demo, train, study."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -109,6 +110,8 @@ def train(arguments: list[str]) -> None:
     if "--tiny" in rest:
         rest.remove("--tiny")
         recipe = tiny(recipe)
+    if ("--batch", "auto") in pairwise(rest):  # the recipe's batch, in as few parts as fit
+        rest[rest.index("--batch") : rest.index("--batch") + 2] = ["--accumulate", "0"]
     run = parse(Run, f"train {name}", rest, default=recipe)
     from manyscale.train.branches import train as learn
     from manyscale.train.loop import Stopped

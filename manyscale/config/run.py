@@ -258,8 +258,13 @@ class Run:
     parallel: Parallel = field(default_factory=Parallel)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # of classification; sigmoid: every class a question of its own, summed
     batch: int = 64  # images per step, over all ranks
-    accumulate: int = 1  # backward passes per step, over all ranks; each takes batch / accumulate images. At least one a rank
+    accumulate: int = (
+        1  # backward passes per step, over all ranks, of batch / accumulate images each; at least one a rank. 0: as few as fit
+    )
     nonfinite: int = 3  # steps in a row whose loss or gradient is not finite, and which are left out, before the run ends; 0: at the first
+    spike: float = 0.0  # a loss so many robust deviations above the last 100 sends the run back to its last checkpoint, and past the
+    # samples since; 0: never
+    without: tuple[tuple[int, int], ...] = ()  # (first, past the last) steps whose samples are left out, such as 1200 1300
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device computes in it
     device: str = "auto"
     compile: bool = False  # torch.compile the training step's net: a minute or two at the start, faster steps after it
@@ -270,11 +275,16 @@ class Run:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "accumulate", "log_every"):
+        finite(self, "spike")
+        require(self.spike >= 0, "spike", f"{self.spike} must be 0 (never) or deviations, such as 8")
+        for first, end in self.without:
+            require(0 <= first < end, "without", f"{(first, end)} must be a step and a later one")
+        require(self.accumulate >= 0, "accumulate", f"{self.accumulate} must be at least 1, or 0: as few as fit")
+        for name in ("batch", "log_every"):
             require(getattr(self, name) >= 1, name, f"{getattr(self, name)} must be at least 1")
         require(self.nonfinite >= 0, "nonfinite", f"{self.nonfinite} must be 0 or more")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} must be from 0 to 2^63 - 1")
-        require(self.batch % self.accumulate == 0, "accumulate", f"{self.accumulate} must divide the batch {self.batch}")
+        require(self.batch % (self.accumulate or 1) == 0, "accumulate", f"{self.accumulate} must divide the batch {self.batch}")
 
     @property
     def folder(self) -> str:

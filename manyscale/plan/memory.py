@@ -55,6 +55,9 @@ def memory(config: NetConfig, method: Method = "adamw", *, half: bool = False, e
     return Memory(parameters, 4 * parameters, 4 * parameters, momentum + squares, 4 * parameters if ema else 0)
 
 
+SHARDS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "HSDP": "hsdp"}  # as `--shard` has their names
+
+
 class Sharding(NamedTuple):
     """How what belongs to the weights lies on the ranks."""
 

@@ -15,12 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from manyscale.config import NetConfig, Optim, Parallel
 from manyscale.models import build
-from manyscale.plan.memory import Memory, Sharding
+from manyscale.plan.memory import SHARDS, Memory, Sharding
 from manyscale.ranks import Ranks
 from manyscale.train.optim import make_optimiser
 from manyscale.train.spread import Spread
-
-SHARDS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "HSDP": "hsdp"}
 
 
 class Rehearsed(NamedTuple):

@@ -1,7 +1,8 @@
 """What to learn: one file per task. A task opens its data, makes the net, turns a batch into a loss, evaluates, and draws.
 
-What the loop asks of one: `run`, `metric` and `better` (max or min), `steps_per_epoch`, `splits`, and the functions
-`of`, `describe`, `fingerprint`, `model`, `compile`, `train_batches`, `targets`, `losses`, `evaluate`, `save`, `load`, `draw`.
+What the loop asks of one: `run`, `metric` and `better` (max or min), `passes_many`, `steps_per_epoch`, `splits`, and the functions
+`of`, `share`, `describe`, `fingerprint`, `model`, `compile`, `train_batches`, `targets`, `losses`, `evaluate`, `probed`, `save`, `load`,
+`draw`.
 """
 
 from manyscale.config import Run

@@ -64,6 +64,20 @@ class Pictures:
         self.ranks = ranks
         self.probes = {name: replace(probe, ranks=ranks) for name, probe in self.probes.items()}
 
+    def probed(
+        self, model: nn.Module, device: torch.device, precision: torch.dtype, report: Report, note: Callable[[str], None]
+    ) -> dict[str, float]:
+        """The few-shot accuracies of a net, `{"SET 5shot": ...}`. A set on which its features say nothing yet is noted and left out."""
+        encoder, found = getattr(model, "encoder", model), {}  # of a SimMIM net
+        for name, evaluation in self.probes.items():
+            try:
+                scores = evaluation(encoder, self.preprocess, device, precision, report)
+            except ValueError as error:
+                note(f"few-shot evaluation on {name} left out: {error}")
+                continue
+            found |= {f"{name} {shots}": accuracy for shots, accuracy in scores.items()}
+        return found
+
     def compile(self, model: nn.Module) -> None:
         """torch.compile what the training step calls."""
         model.compile()

@@ -11,8 +11,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,21 @@ from manyscale.ranks import ALONE, Ranks, joined
 from manyscale.storage import write, write_json
 from manyscale.tasks import open_task
 from manyscale.tasks.pictures import Pictures
-from manyscale.train.checkpoint import Writer, checkpoints, newest_checkpoint
+from manyscale.train.checkpoint import Writer, checkpoints, newest_checkpoint, read_values
 from manyscale.train.folder import check_recipe, check_task, entered
 from manyscale.train.log import Log, Silence
+from manyscale.train.parts import ASKED, Full, is_full, more_parts, share_out
 from manyscale.train.schedule import cooldown_steps, evaluation_steps, planned_steps, rate, total_rate
 from manyscale.train.shard import fit
+from manyscale.train.signals import Signals
+from manyscale.train.spikes import WINDOW, height, past
 from manyscale.train.spread import Spread
 from manyscale.train.state import State, pick_device, pick_precision
 from manyscale.train.step import Step, eager
 from manyscale.train.watch import Watch, is_loss
 
 CALIBRATION_STEPS = 15
-DRAW_SECONDS = 60.0  # at least, between two drawings of samples
+DRAW_SECONDS = 60.0  # at least, between two drawings
 ENDLESS = 10**12  # steps; a time budget may move the end while the loader runs
 
 
@@ -67,10 +69,9 @@ def train(run: Run, *, until: int = 0, task: Pictures | None = None) -> dict[str
         check_task(folder, run)
         try:
             return _Training(folder, task.of(run) if task else open_task(run), began, ranks, watch, until or ENDLESS).go()
-        except torch.OutOfMemoryError as error:
-            advice = "the same batch in parts takes less: --accumulate 2, 4, ..."
-            raise Stopped(f"out of memory: {str(error).splitlines()[0]}; {advice}", 1) from None
         except RuntimeError as error:
+            if is_full(error):
+                raise Stopped(f"out of memory: {str(error).splitlines()[0]}; see `manyscale plan memory`", 1) from None
             if not is_loss(error):
                 raise
             who = f"rank {ranks.rank}, step {watch.step}: {watch.missing()}"
@@ -98,7 +99,6 @@ class _Training:
             if ranks.count > 1 and task.passes_many:
                 raise ValueError("field `compile`: a net of many settings is compiled in one process alone; give --no-compile")
             task.compile(self.state.model)
-        self.signal = 0
         self.began, self.saved, self.drawn = began, time.monotonic(), time.monotonic()  # opening the data counts towards a time budget
 
     def go(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class _Training:
         speaker = Log if self.ranks.leads else Silence
         with (
             speaker(self.folder, self.run.recipe or self.run.task, step=self.clock.step, tensorboard=self.run.tensorboard) as self.log,
-            self._signals(),
+            Signals() as self.signals,
         ):
             for note in notes:
                 self.log.note(note)
@@ -132,7 +132,7 @@ class _Training:
             try:
                 self._steps()
                 self.writer.wait()
-            except (Stopped, torch.OutOfMemoryError):  # others leave no ranks that could finish it together
+            except Stopped:  # other errors leave no ranks that could finish it together
                 self.writer.wait()
                 raise
             finally:
@@ -140,29 +140,29 @@ class _Training:
             return self._finish() if self.clock.step >= self.clock.steps else {}
 
     def _share_out(self, notes: list[str]) -> None:
-        """Decide into how many parts a batch falls, each passed on its own: as many as before where the ranks can share them."""
-        run, clock, count = self.run, self.clock, self.ranks.count
-        before, parts = clock.parts, max(run.accumulate, count)
-        if before and before % count == 0:
-            parts = before
-        if parts % count or run.batch % parts:
-            raise ValueError(f"field `accumulate`: {count} ranks do not share {parts} parts of a batch of {run.batch} evenly")
-        if run.parallel.elastic == "exact" and parts & (parts - 1):
-            raise ValueError(f"field `elastic`: exact sums by pairs; {parts} parts of a batch are no power of two: give --accumulate so")
-        if before and before != parts:
-            if run.parallel.elastic == "exact":
-                raise ValueError(f"field `elastic`: the run began with {before} parts of a batch, which {count} ranks cannot share")
-            notes.append(f"a batch falls into {parts} parts now, not {before}: what is drawn at random within one differs from here on")
-        clock.parts = parts
+        """Decide into how many parts a batch falls."""
+        clock, before = self.clock, self.clock.parts
+        clock.parts = self.ranks.tell(share_out(self.run, self.ranks, before, self.device, self.precision))
+        if before and before != clock.parts:
+            notes.append(
+                f"a batch falls into {clock.parts} parts now, not {before}: what is drawn at random within one is another from here on"
+            )
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
+        """All steps to the end, in one go but for jumps: past samples that are left out, or back to a checkpoint and past a spike."""
+        while True:
+            self.clock.step = past(self.clock.step, (*self.run.without, *self.clock.passed))
+            if self._evaluation_due():
+                self._evaluate()
+            if self.clock.step >= min(self.clock.steps, self.until):
+                return
+            self._steps_on()
+
+    def _steps_on(self) -> None:
+        """Steps up to the end or the next jump."""
         clock, budget = self.clock, seconds(self.run.schedule.time)
-        if self._evaluation_due():  # it was, when a signal came
-            self._evaluate()
-        if clock.step >= min(clock.steps, self.until):
-            return
         seen, since, losses = 0, time.monotonic(), []
         for batch in self.task.train_batches(clock.step, ENDLESS, self.device):
             lr = rate(self.run, clock.step, clock.steps, self.task.steps_per_epoch)
@@ -192,6 +192,8 @@ class _Training:
                 name = signal.Signals(asked).name
                 again = "the same command goes on from here"
                 raise Stopped(f"{name}: saved step {clock.step} of {clock.steps} in {self.folder}; {again}", 128 + asked)
+            if self._jumped(loss):
+                break
             if self._evaluation_due():
                 self._evaluate()
                 since, seen, losses = time.monotonic(), 0, []
@@ -202,9 +204,27 @@ class _Training:
         if clock.step < clock.steps:
             self._save()
 
+    def _jumped(self, loss: float) -> bool:
+        """Whether the run is not where its batches go on: back at its last checkpoint, past a spike of the loss; or before a gap."""
+        clock, limit = self.clock, self.run.spike
+        if limit and height(clock.recent, loss) > limit:
+            self.writer.wait()
+            path = newest_checkpoint(self.folder, self.log.note, self.ranks)
+            if path:
+                spiked, since = clock.step, read_values(path)["step"]
+                self.log.note(f"step {spiked}: the loss jumped to {loss:.4f}; back to the weights of step {since}, past the samples since")
+                self.state.restore(path, self.ranks)
+                self.clock = self.state.clock
+                self.clock.passed.append([since, spiked])
+                self.clock.step, self.clock.seconds = spiked, clock.seconds
+                self.log.record({"step": spiked, "spike": loss, "back_to": since})
+                return True
+        clock.recent = [*clock.recent, loss][-WINDOW:] if limit and math.isfinite(loss) else clock.recent
+        return past(clock.step, (*self.run.without, *clock.passed)) != clock.step
+
     def _agree(self, batch: Any, over: bool) -> tuple[int, bool, bool]:
         """What the ranks do after a step: leave for a signal that one got; end, or save, because the leader's clock says so."""
-        told = self.ranks.gather([self.signal, over, self._checkpoint_due(), len(batch.bad)])
+        told = self.ranks.gather([self.signals.number, over, self._checkpoint_due(), len(batch.bad)])
         if told[:, 3].any():
             for files in self.ranks.collect([list(bad) for bad in batch.bad]):
                 for path, reason in files:
@@ -214,7 +234,11 @@ class _Training:
     def _step(self, batch: Any, lr: float) -> float:
         """One optimiser step at learning rate `lr`; its loss, or NaN where it was left out. Too many of those in a row end the run."""
         clock = self.clock
-        loss, fault = self.step.take(batch, lr, clock.step, clock.parts)
+        try:
+            loss, fault = self.step.take(batch, lr, clock.step, clock.parts)
+        except Full as full:
+            self._into_more_parts(full)
+            return self._step(batch, lr)
         if not fault:
             clock.left_out = 0
             return loss
@@ -226,6 +250,25 @@ class _Training:
         self.log.record({"step": clock.step + 1, "left_out": fault, "samples": samples})
         self.log.note(f"step {clock.step + 1}: {fault}; left out, {clock.left_out} in a row")
         return math.nan
+
+    def _into_more_parts(self, full: Full) -> None:
+        """After memory ran out, take the same batch in more parts, where the run leaves it to us how many.
+
+        Several ranks cannot: the others wait in the midst of the step. They end, and those that are started in their place know better.
+        """
+        clock, more = self.clock, more_parts(self.clock.parts, self.run.batch, self.ranks)
+        if self.run.accumulate or not more:
+            advice = "--accumulate 0 takes as many parts as fit" if more else "not even a single image fits"
+            raise Stopped(f"out of memory: {full}; {advice}", 1) from None
+        if self.ranks.count > 1:
+            write_json(self.folder / ASKED, {"parts": more})
+            raise Stopped(
+                f"rank {self.ranks.rank}: out of memory: {full}; started again, ranks take the batch in {more} parts", 1
+            ) from None
+        self.log.note(f"step {clock.step + 1}: out of memory with {clock.parts} parts of a batch; it is taken in {more}")
+        clock.parts = more
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _stop_bad(self, what: str, samples: Sequence[str]) -> None:
         self.log.record({"step": self.clock.step, "stopped": what, "samples": list(samples)})
@@ -269,8 +312,7 @@ class _Training:
     # -- what is kept -----------------------------------------------------------------------------------------------------
 
     def _evaluation_due(self) -> bool:
-        clock = self.clock
-        every = evaluation_steps(self.run, clock.steps, self.task.steps_per_epoch)
+        clock, every = self.clock, evaluation_steps(self.run, self.clock.steps, self.task.steps_per_epoch)
         made = bool(clock.history) and clock.history[-1]["step"] == clock.step
         return clock.step > 0 and not made and (clock.step % every == 0 or clock.step >= clock.steps)
 
@@ -279,7 +321,9 @@ class _Training:
         self.writer.wait()  # loader workers are forked now, which other threads should not see
         clock, model = self.clock, self.state.final
         with eager(self.run):
-            metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file) | self._probe(model)
+            metrics = self.task.evaluate(model, self.device, self.precision, self.log.bad_file)
+            if (len(clock.history) + 1) % self.run.fewshot.probe_every == 0 or clock.step >= clock.steps:
+                metrics |= self.task.probed(model, self.device, self.precision, self.log.bad_file, self.log.note)
         if not all(map(math.isfinite, metrics.values())):
             self._stop_bad("the evaluation's loss is not finite", ())
         value = metrics[self.task.metric]
@@ -305,20 +349,6 @@ class _Training:
             self._draw(model)
         self._replan()
         self._save()
-
-    def _probe(self, model: nn.Module) -> dict[str, float]:
-        """The few-shot accuracies of this evaluation, `{"SET 5shot": ...}`, where it is their turn."""
-        clock, found = self.clock, {}
-        turn = (len(clock.history) + 1) % self.run.fewshot.probe_every == 0 or clock.step >= clock.steps
-        encoder = getattr(model, "encoder", model)  # of a SimMIM net
-        for name, evaluation in self.task.probes.items() if turn else ():
-            try:
-                scores = evaluation(encoder, self.task.preprocess, self.device, self.precision, self.log.bad_file)
-            except ValueError as error:  # features that say nothing yet end no run
-                self.log.note(f"few-shot evaluation on {name} left out: {error}")
-                continue
-            found |= {f"{name} {shots}": accuracy for shots, accuracy in scores.items()}
-        return found
 
     def _draw(self, model: nn.Module) -> None:
         with eager(self.run):
@@ -387,24 +417,3 @@ class _Training:
         )
         self.log.note(f"wrote {self.folder}/best, curves.png, samples.png, summary.json")
         return summary
-
-    # -- leaving in order -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the step in hand; a second Ctrl-C at once."""
-
-        def note(number: int, frame: Any) -> None:
-            if self.signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: whoever runs it there handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -139,6 +139,11 @@ class Spread:
             self.sum.add([p.grad for p in self.touched])
             self.net.zero_grad()
 
+    def forget(self) -> None:
+        """A step was broken off: of an exact sum, nothing of it stays."""
+        if self.sum:
+            self.sum.held = []
+
     def reduce(self) -> None:
         """All parts are through: of an exact sum, the parameters get it as their gradient."""
         if self.sum:

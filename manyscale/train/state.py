@@ -31,6 +31,8 @@ class Clock:
     precision: str = ""  # computed in; `auto` may mean another on another machine
     data: str = ""  # fingerprint of the set's classes and files
     parts: int = 0  # of a batch, each passed on its own: what random numbers depend on
+    recent: list[float] = field(default_factory=list)  # losses of the last steps, where spikes are watched for
+    passed: list[list[int]] = field(default_factory=list)  # [first, past the last] steps whose samples were left out after a spike
     left_out: int = 0  # steps in a row whose loss or gradient was not finite
     history: list[dict[str, Any]] = field(default_factory=list)  # every evaluation's metrics
 

@@ -14,6 +14,7 @@ from manyscale.ranks import Ranks
 from manyscale.tasks.pictures import Pictures
 from manyscale.train.moments import whole
 from manyscale.train.optim import set_rate
+from manyscale.train.parts import Full, is_full
 from manyscale.train.state import State
 
 
@@ -37,21 +38,21 @@ class Step:
         Args:
             batch: this rank's share.
             parts: into which the whole batch falls, each passed on its own.
+
+        Raises:
+            Full: a part does not fit into memory.
         """
-        state, own = self.state, parts // self.ranks.count
+        state = self.state
         set_rate(state.optimiser, lr)
         state.model.train()
-        weight = 1 / (parts if state.spread.exact else own)  # else the ranks take the mean of their gradients
-        totals = []
-        for number, part in enumerate(batch.parts(own)):
-            total = torch.zeros((), device=self.device)
-            with state.spread.part(last=number == own - 1):
-                for loss in self._losses(part, number, step, own):
-                    (loss * weight).backward()
-                    total += loss.detach()
-            state.spread.add()
-            totals.append(total)
-        state.spread.reduce()
+        try:
+            totals = self._pass(batch, step, parts)
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+            state.optimiser.zero_grad()
+            state.spread.forget()
+            raise Full(str(error).splitlines()[0]) from error
         everyones = self.ranks.gather(torch.stack(totals).tolist()).flatten().tolist()
         mean = math.fsum(everyones) / parts if all(map(math.isfinite, everyones)) else math.nan  # fsum: in any order the same
         parameters = [p for p in state.model.parameters() if p.grad is not None]
@@ -65,6 +66,22 @@ class Step:
                 state.ema.update_parameters(state.model)
         state.optimiser.zero_grad()
         return Taken(mean, fault)
+
+    def _pass(self, batch: Batch, step: int, parts: int) -> list[Tensor]:
+        """Forward and back through this rank's parts; the loss of each."""
+        spread, own = self.state.spread, parts // self.ranks.count
+        weight = 1 / (parts if spread.exact else own)  # else the ranks take the mean of their gradients
+        totals = []
+        for number, part in enumerate(batch.parts(own)):
+            total = torch.zeros((), device=self.device)
+            with spread.part(last=number == own - 1):
+                for loss in self._losses(part, number, step, own):
+                    (loss * weight).backward()
+                    total += loss.detach()
+            spread.add()
+            totals.append(total)
+        spread.reduce()
+        return totals
 
     def _fault(self, loss: float, norm: Tensor) -> str:
         if not math.isfinite(loss):

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import manyscale as ms
 from manyscale.config import Run, from_dict
+from manyscale.tasks.classify import Classify
 from manyscale.train import loop
 from manyscale.train.checkpoint import checkpoints, load_checkpoint
 from manyscale.train.folder import only_one
 from manyscale.train.loop import Stopped, train
+from manyscale.train.spikes import height, past
 from tests.conftest import shorter
 
 COMPILE = torch.nn.Module.compile
@@ -291,3 +296,72 @@ def test_data_own_a_bad_file_is_skipped_counted_and_named(micro, tmp_path):
     stop = replace(run, input=replace(run.input, bad_files="stop"), out=str(tmp_path / "stop"))
     with pytest.raises(ValueError, match=r"(broken\.png|empty\.jpg)"):
         train(stop)
+
+
+def full_above(monkeypatch, images: int) -> None:
+    """Memory runs out wherever more than so many images are passed with gradients."""
+    real = Classify.loss
+
+    def loss(self, model, x, targets):
+        if len(x) > images:
+            model(x).sum().backward()  # some of it was there already
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, model, x, targets)
+
+    monkeypatch.setattr(Classify, "loss", loss)
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_more_parts_with_the_same_result(micro, tmp_path, monkeypatch, capsys):
+    expected = replace(shorter(micro, epochs=1), accumulate=4, out=str(tmp_path / "four"))
+    train(expected)
+    full_above(monkeypatch, 60)
+    run = replace(expected, accumulate=0, out=str(tmp_path / "auto"))
+    train(run)
+    assert (
+        "step 1: out of memory with 1 parts of a batch; it is taken in 2" in (said := capsys.readouterr().out)
+        and "it is taken in 4" in said
+    )
+    assert fingerprint(run.out)["best"] == fingerprint(expected.out)["best"]
+    train_in_pieces(replace(run, out=str(tmp_path / "pieces")), monkeypatch, 2)
+    assert fingerprint(str(tmp_path / "pieces"))["best"] == fingerprint(expected.out)["best"]
+    with pytest.raises(Stopped, match=r"out of memory: CUDA out of memory.*; --accumulate 0 takes as many parts as fit"):
+        train(replace(expected, accumulate=2, out=str(tmp_path / "two")))
+    full_above(monkeypatch, 0)
+    with pytest.raises(Stopped, match="not even a single image fits"):
+        train(replace(expected, accumulate=0, batch=4, out=str(tmp_path / "none")))
+
+
+def test_after_a_spike_the_run_goes_on_without_its_samples(micro, tmp_path, monkeypatch, capsys):
+    """As a run does that was told to leave them out."""
+    real = loop._Training._step
+
+    def jump(self, batch, lr):
+        loss = real(self, batch, lr)
+        return loss + 100 if self.clock.step == 27 and not self.clock.passed else loss
+
+    run = replace(shorter(micro, length="40-steps", evaluate_every="40-steps", save_steps=6), spike=8.0, batch=32, accumulate=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "_step", jump)
+        train(run)
+    assert "step 28: the loss jumped to 1" in (said := capsys.readouterr().out) and "back to the weights of step 24" in said
+    told = replace(run, spike=0.0, without=((24, 28),), out=str(tmp_path / "told"))
+    train(told)
+    assert fingerprint(told.out)["best"] == fingerprint(run.out)["best"]
+    assert load_checkpoint(Path(run.out), print)[1]["passed"] == [[24, 28]]
+    plain = replace(run, spike=0.0, out=str(tmp_path / "plain"))
+    train(plain)
+    assert fingerprint(plain.out)["best"] != fingerprint(run.out)["best"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.1, 10), min_size=20, max_size=100), st.floats(0.1, 10), st.floats(0.01, 100))
+def test_a_spike_is_as_high_in_any_unit(recent, loss, unit):
+    found, scaled = height(recent, loss), height([unit * one for one in recent], unit * loss)
+    assert scaled == pytest.approx(found, rel=1e-6, abs=1e-6)
+    assert height(recent[:19], loss) == 0 and (found > 0) == (loss > statistics.median(recent))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)).map(lambda pair: (pair[0], sum(pair)))), st.integers(0, 40))
+def test_past_is_the_next_step_outside_of_all_ranges(ranges, step):
+    outside = (one for one in range(step, 100) if not any(first <= one < end for first, end in ranges))
+    assert past(step, ranges) == next(outside)
