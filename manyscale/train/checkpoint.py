@@ -7,6 +7,7 @@ ranks reads it again. No PyTorch or safetensors reader notices a flipped bit; th
 is used.
 """
 
+import mmap
 import os
 import shutil
 import threading
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from manyscale.ranks import ALONE, Ranks
 from manyscale.storage import read_json, sync, write_json
@@ -82,10 +84,9 @@ class Writer:
     def __init__(self, ranks: Ranks, *, beside: bool = True) -> None:
         self.ranks = ranks.apart() if beside else ranks
         self.beside, self.thread, self.failure = beside, None, None
-        on_gpu = torch.cuda.is_available()  # whose copies go through memory that is set apart for them
-        self.stager = DefaultStager(
-            StagingOptions(use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu)
-        )
+        self.rooms: dict[str, Tensor] = {}  # where copies go, again and again
+        pinned = {"use_pinned_memory": True, "use_shared_memory": False, "use_async_staging": False, "use_non_blocking_copy": True}
+        self.stager = DefaultStager(StagingOptions(**pinned)) if torch.cuda.is_available() else None
 
     def save(self, folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], **tidied: int) -> None:
         """Begin to write one checkpoint, and then `tidy`, once the one before is written.
@@ -94,7 +95,7 @@ class Writer:
             OSError: that one could not be.
         """
         self.wait()
-        copies = self.stager.stage(dict(tensors)) if self.beside else tensors
+        copies = self._copies(tensors) if self.beside else tensors
 
         def work() -> None:
             try:
@@ -110,6 +111,22 @@ class Writer:
         else:
             work()
             self.wait()
+
+    def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What no later step touches. From a GPU torch's stager brings it; on a CPU that copies storages at a fifth of a copy's speed."""
+        if self.stager:
+            return self.stager.stage(dict(tensors))
+        copies = {}
+        for name, tensor in tensors.items():
+            own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            room = self.rooms.get(name)
+            if room is None or room.shape != own.shape:
+                room = self.rooms[name] = torch.empty_like(own)
+            copies[name] = room.copy_(own)
+            if isinstance(tensor, DTensor):
+                whole = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+                copies[name] = DTensor.from_local(room, tensor.device_mesh, tensor.placements, **whole)
+        return copies
 
     def wait(self) -> None:
         """Until what was begun is on the disk. Raises as `save`."""
@@ -281,8 +298,8 @@ def _unused(path: Path) -> Path:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            state.update(block)
-    return {"bytes": path.stat().st_size, "xxh3_128": state.hexdigest()}
+    state, size = xxhash.xxh3_128(), path.stat().st_size
+    if size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # four times as fast as reading
+            state.update(content)
+    return {"bytes": size, "xxh3_128": state.hexdigest()}

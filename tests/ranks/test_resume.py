@@ -28,6 +28,7 @@ def sittings(folder: Path, run, plan: list[tuple[int, int, str]]) -> None:
         together(folder / f"sitting_{number}", count, train_some, spread(run, Path(run.out).name, shard=shard), until)
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_goes_on_where_another_stopped(micro, tmp_path):
     run = twenty_steps(micro)
     whole, pieces = spread(run, "whole"), spread(run, "pieces")
@@ -41,6 +42,7 @@ def test_any_number_of_ranks_goes_on_where_another_stopped(micro, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_is_exact_on_any_number_of_ranks(micro, tmp_path):
     """Bit by bit, in one go and from sitting to sitting."""
     run = twenty_steps(micro)
@@ -61,6 +63,7 @@ def test_exact_is_exact_on_any_number_of_ranks(micro, tmp_path):
     assert digest(plain.out) != digest(first.out)  # else there would be nothing to prove
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_share_a_batch_say_so_before_they_begin(micro, tmp_path):
     run = twenty_steps(micro)
     for name, change, how, message in (
@@ -74,6 +77,7 @@ def test_ranks_that_cannot_share_a_batch_say_so_before_they_begin(micro, tmp_pat
         assert not checkpoints(tmp_path / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["simmim", "supernet"])
 def test_other_tasks_are_shared_too(task, micro, tmp_path):
     """SimMIM, whose masks are drawn by the part, and a net of many settings, of which a pass leaves parameters untouched; with probes."""
@@ -95,6 +99,7 @@ def test_other_tasks_are_shared_too(task, micro, tmp_path):
         assert (Path(one.out) / "samples.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adafactor", "sgd", "adamw"])
 def test_small_states_are_sharded_too(method, micro, tmp_path):
     run = twenty_steps(micro)

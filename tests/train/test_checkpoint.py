@@ -3,13 +3,15 @@ import json
 import os
 import random
 import stat
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from manyscale.ranks import ALONE
 from manyscale.train import checkpoint
-from manyscale.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tidy, verify
+from manyscale.train.checkpoint import Writer, checkpoints, load_checkpoint, save_checkpoint, tidy, verify
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 TENSORS = {"model.a": torch.arange(1000.0), "optimiser.a.step": torch.tensor(3.0), "model.b": torch.randn(3, 5).bfloat16()}
@@ -129,3 +131,43 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"format 2.*upgrade"):
         load_checkpoint(tmp_path, print)
+
+
+def test_what_is_written_beside_the_training_is_what_was_there(tmp_path, monkeypatch):
+    """Whatever later steps do to the tensors; one failure is raised at the next save, and the one after that succeeds."""
+    writer, tensors, gate = Writer(ALONE), {name: tensor.clone() for name, tensor in TENSORS.items()}, threading.Event()
+    real = checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *arguments: (gate.wait(10), real(*arguments))[1])
+    writer.save(tmp_path, 1, tensors, {"step": 1}, keep=2)
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert not checkpoints(tmp_path)
+    gate.set()
+    writer.wait()
+    found, values = load_checkpoint(tmp_path, print)
+    assert values == {"step": 1} and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        writer.save(tmp_path, 2, tensors, {"step": 2}, keep=2)
+        writer.thread.join()
+    with pytest.raises(OSError, match="No space"):
+        writer.save(tmp_path, 3, tensors, {"step": 3}, keep=2)
+    writer.save(tmp_path, 3, tensors, {"step": 3}, keep=2)
+    writer.wait()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
+
+
+def test_which_checkpoints_stay(tmp_path):
+    for step in range(1, 13):
+        save_checkpoint(tmp_path, step, TENSORS, {})
+    for file in checkpoints(tmp_path)[-1].glob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    tidy(tmp_path, 1, every=5, best=3)
+    left = [int(path.name[-2:]) for path in checkpoints(tmp_path)]
+    assert left == [3, 5, 10, 11, 12]  # 11 is the newest that is whole
+    tidy(tmp_path, 1, whole=tmp_path / "step_00000010")
+    assert [int(path.name[-2:]) for path in checkpoints(tmp_path)] == [10, 12]

@@ -1,0 +1,101 @@
+"""What a checkpoint costs: writing, the manifest, verification, and how long training waits where it is written beside it.
+
+python tools/measure_saving.py swinv2_tiny --out docs/results/saving
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import manyscale as ms
+from manyscale.config import Optim
+from manyscale.storage import write, write_json
+from manyscale.train import checkpoint
+from manyscale.train.checkpoint import Writer, read_tensors, save_checkpoint, verify
+from manyscale.train.state import State
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure(name: str, rounds: int) -> dict[str, float]:
+    """Medians of seconds; each round does everything once, so that what slows the machine slows all alike."""
+    state = State(ms.create_model(name), Optim(ema=0.9))
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimiser.step()
+    tensors, found = state.tensors(), {}
+    hashing, real = [0.0], checkpoint._fingerprint
+
+    def hashed(path: Path) -> dict[str, object]:
+        result = []
+        hashing[0] += seconds(lambda: result.append(real(path)))
+        return result[0]
+
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR", "/tmp")))
+    writer = Writer(checkpoint.ALONE)
+    try:
+        for step in range(rounds):
+            checkpoint._fingerprint, hashing[0] = hashed, 0.0
+            whole = seconds(lambda step=step: save_checkpoint(folder, step, tensors, {}))
+            checkpoint._fingerprint = real
+            path = folder / f"step_{step:08d}"
+            into = {key: torch.empty_like(tensor) for key, tensor in tensors.items()}
+            once = {"save": whole, "manifest": hashing[0], "verify": seconds(lambda path=path: verify(path))}
+            once["load"] = seconds(lambda path=path, into=into: read_tensors(path, into))
+            once["blocked"] = seconds(lambda step=step: writer.save(folder, step, tensors, {}, keep=1))
+            once["beside"] = once["blocked"] + seconds(writer.wait)
+            for key, value in once.items():
+                found.setdefault(key, []).append(value)
+    finally:
+        shutil.rmtree(folder)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return {"GiB": size / 2**30} | {key: statistics.median(values[1:]) for key, values in found.items()}  # the first round warms up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows = {name: measure(name, given.rounds) for name in given.models}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    about = {"command": f"python tools/measure_saving.py {' '.join(given.models)}", "commit": commit, "date": str(date.today()),
+             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}", "torch": torch.__version__}  # fmt: skip
+    header = ("model", "state, GiB", "save", "manifest", "verify", "load", "loop waits", "manifest + verify over save", "waits over save")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name, row in rows.items():
+        times = " | ".join(f"{1000 * row[key]:.0f} ms" for key in ("save", "manifest", "verify", "load", "blocked"))
+        shares = f"{(row['manifest'] + row['verify']) / row['save']:.1%} | {row['blocked'] / row['save']:.1%}"
+        lines.append(f"| {name} | {row['GiB']:.2f} | {times} | {shares} |")
+    text = "\n".join(lines)
+    print(text)
+    if given.out:
+        head = f"`{about['command']}`, commit {commit}, {about['date']}, {about['machine']}, torch {about['torch']}: medians of {given.rounds - 1}."
+        write(
+            given.out.with_suffix(".md"),
+            f"# What a checkpoint costs\n\n{head}\nWeights, moving average and AdamW's moments, in float32.\n\n{text}\n",
+        )
+        write_json(given.out.with_suffix(".json"), about | {"rows": rows})
+        print(json.dumps(about))
+
+
+if __name__ == "__main__":
+    main()
