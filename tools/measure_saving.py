@@ -88,7 +88,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if given.out:
-        head = f"`{about['command']}`, commit {commit}, {about['date']}, {about['machine']}, torch {about['torch']}: medians of {given.rounds - 1}."
+        head = ", ".join([f"`{about['command']}`", f"commit {commit}", about["date"], about["machine"], f"torch {about['torch']}."])
         write(
             given.out.with_suffix(".md"),
             f"# What a checkpoint costs\n\n{head}\nWeights, moving average and AdamW's moments, in float32.\n\n{text}\n",
