@@ -1,5 +1,6 @@
 """What the verbs share: reading their arguments, printing tables, and leaving with a message."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -18,7 +19,8 @@ def parse(function: Callable[..., Any], name: str, arguments: list[str], **optio
 def leave(message: str, code: int) -> NoReturn:
     """End the process: a sentence for the person, an exit code for the shell."""
     shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # of files' names, see `plain`
-    print(f"manyscale: {shown}", file=sys.stderr)
+    who = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    print(f"manyscale{who}: {shown}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -7,9 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from manyscale.config import Run, from_dict, to_dict
 from manyscale.ranks import Ranks
 from manyscale.storage import read_json
+from manyscale.train.state import Clock
 
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
 FREE = {
@@ -81,6 +84,26 @@ def check_recipe(folder: Path, run: Run) -> None:
         ValueError: it is another; the fields that differ are listed.
     """
     check_same(folder / "recipe.json", run)
+
+
+def check_surroundings(folder: Path, clock: Clock, data: str, precision: torch.dtype, ranks: Ranks) -> None:
+    """See that data and precision are those that the run began with, or write down in its clock what they are.
+
+    Args:
+        data: the fingerprint of what this rank finds.
+
+    Raises:
+        ValueError: one of them changed, so that going on would not be the same run; or ranks have different data.
+    """
+    others = [rank for rank, found in enumerate(ranks.collect(data)) if found != data]
+    if others:
+        raise ValueError(f"field `data`: rank {others[0]} finds other classes or files than rank {ranks.rank}; give all ranks one set")
+    if clock.data and clock.data != data:
+        raise ValueError(f"field `data`: the set's classes or files are not those that {folder} began with; give another --out")
+    computed = str(precision).removeprefix("torch.")
+    if clock.precision and clock.precision != computed:
+        raise ValueError(f"field `precision`: the run began in {clock.precision}, this would be {computed}; give --precision")
+    clock.data, clock.precision = data, computed
 
 
 def check_same(file: Path, run: Run) -> None:

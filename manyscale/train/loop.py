@@ -25,7 +25,7 @@ from manyscale.storage import write, write_json
 from manyscale.tasks import open_task
 from manyscale.tasks.pictures import Pictures
 from manyscale.train.checkpoint import Writer, checkpoints, newest_checkpoint, read_values
-from manyscale.train.folder import check_recipe, check_task, entered
+from manyscale.train.folder import check_recipe, check_surroundings, check_task, entered
 from manyscale.train.log import Log, Silence
 from manyscale.train.parts import ASKED, Full, is_full, more_parts, share_out
 from manyscale.train.schedule import cooldown_steps, evaluation_steps, planned_steps, rate, total_rate
@@ -111,7 +111,7 @@ class _Training:
         elif self.ranks.tell((self.folder / "summary.json").exists() or any(self.folder.glob("damaged_*"))):
             raise ValueError(f"{self.folder}: a run stood here, but no checkpoint of it is whole; give another --out")
         self.clock = self.state.clock
-        self._check_surroundings()
+        check_surroundings(self.folder, self.clock, self.task.fingerprint(), self.precision, self.ranks)
         self._share_out(notes)
         if self.ranks.leads:
             write_json(self.folder / "recipe.json", to_dict(self.run))
@@ -368,20 +368,6 @@ class _Training:
         tidied = {"keep": schedule.keep, "every": schedule.keep_every, "best": clock.best_step if schedule.keep_best else 0}
         self.writer.save(self.folder, clock.step, self.state.tensors(), self.state.values(), **tidied)
         self.saved = time.monotonic()
-
-    def _check_surroundings(self) -> None:
-        """See that data and precision are what the run began with, or write down what they are.
-
-        Raises:
-            ValueError: one of them changed, so that going on would not be the same run.
-        """
-        clock, precision = self.clock, str(self.precision).removeprefix("torch.")
-        data = self.task.fingerprint()
-        if clock.data and clock.data != data:
-            raise ValueError(f"field `data`: the set's classes or files are not those that {self.folder} began with; give another --out")
-        if clock.precision and clock.precision != precision:
-            raise ValueError(f"field `precision`: the run began in {clock.precision}, this would be {precision}; give --precision")
-        clock.data, clock.precision = data, precision
 
     def _introduce(self) -> None:
         count = sum(p.numel() for p in self.state.model.parameters())

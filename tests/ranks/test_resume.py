@@ -9,7 +9,7 @@ import torch
 
 from manyscale.train.checkpoint import checkpoints, load_checkpoint
 from tests.conftest import shorter
-from tests.ranks.jobs import losses, spread, train_all, train_some
+from tests.ranks.jobs import losses, spread, train_all, train_some, train_with_other_data
 from tests.ranks.team import together
 from tests.ranks.test_parity import CLOSE, twenty_steps
 
@@ -75,6 +75,12 @@ def test_ranks_that_cannot_share_a_batch_say_so_before_they_begin(micro, tmp_pat
             together(tmp_path / name, 4, train_all, [spread(replace(run, **change), name, **how)])
         assert str(caught.value).count(message) == 4, caught.value
         assert not checkpoints(tmp_path / name)
+
+
+def test_ranks_with_other_data_say_so(micro, tmp_path):
+    with pytest.raises(AssertionError) as caught:
+        together(tmp_path / "ranks", 2, train_with_other_data, spread(twenty_steps(micro), "run"))
+    assert "field `data`: rank 1 finds other classes or files than rank 0; give all ranks one set" in str(caught.value)
 
 
 @pytest.mark.slow
