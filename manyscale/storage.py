@@ -20,7 +20,7 @@ def write(path: Path | str, content: bytes | str | Callable[[Path], None]) -> No
         OSError: the disk is full, read-only or gone; whatever stood at `path` still stands.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         if callable(content):
@@ -48,9 +48,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and what is missing above it, so that a loss of power does not take it away again."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync(each.parent)
+
+
+def as_json(value: Any) -> bytes:
+    """`value` as indented JSON. NaN and infinity are refused: other readers do."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path | str, value: Any) -> None:
-    """`value` as indented JSON, by `write`. NaN and infinity are refused: other readers do."""
-    write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """`value` by `as_json` and `write`."""
+    write(path, as_json(value))
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -60,9 +73,16 @@ def read_json(path: Path | str) -> dict[str, Any]:
         ValueError: no such file, not JSON, or not an object; the message names the file.
     """
     try:
-        value = json.loads(Path(path).read_text())
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, path: Path | str) -> dict[str, Any]:
+    """The JSON object that the file at `path` is, of which this is the content. Raises as `read_json`."""
+    try:
+        value = json.loads(content.decode())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON, perhaps half-written: {error}") from None
     if not isinstance(value, dict):

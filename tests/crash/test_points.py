@@ -1,0 +1,43 @@
+"""Every change on the disk in turn is the last thing that happens: what is found again is the old or the new, and nothing is in the way."""
+
+import shutil
+
+import pytest
+
+from manyscale.train.checkpoint import tidy
+from tests.crash.conftest import counted
+from tests.crash.disk import CRASHED, Crash, Record, end_at, points
+from tests.crash.states import SCENES, loaded, names, save
+
+pytestmark = pytest.mark.crash
+QUICK = ("save", "same step again", "quarantine")
+MARKED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCENES]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_every_point_at_which_a_process_can_die(name, tmp_path):
+    scene = SCENES[name]
+    before = tmp_path / "before"
+    before.mkdir()
+    scene.prepare(before / "run")
+    shutil.copytree(before, tmp_path / "dry")
+    with Record(tmp_path / "dry") as record:
+        scene.act(tmp_path / "dry" / "run")
+    assert loaded(tmp_path / "dry" / "run") == scene.outcomes[-1]
+    seen = set()
+    for point in points(record.calls):
+        root = tmp_path / "crashed"
+        shutil.copytree(before, root)
+        folder = root / "run"
+        assert end_at(Crash(root, point), lambda folder=folder: scene.act(folder)) == CRASHED, point
+        found = loaded(folder)
+        assert found in scene.outcomes, (point, found, names(folder))
+        seen.add(found)
+        scene.also(folder)
+        save(folder, 9)
+        assert loaded(folder) == 9, point
+        tidy(folder, 1)
+        assert [left for left in names(folder) if not left.startswith("damaged_")] == ["step_00000009"], point
+        shutil.rmtree(root)
+        counted(f"crash points, {name}")
+    assert seen == set(scene.outcomes)
