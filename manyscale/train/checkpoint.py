@@ -273,8 +273,8 @@ def _agreed(ranks: Ranks, work: Callable[[], Any] | None) -> Any:
     said = ranks.collect(failure and [failure.errno, failure.strerror or str(failure), str(failure.filename or "")])
     if failure:
         raise failure
-    for errno, text, name in filter(None, said):
-        raise OSError(errno, text, name)
+    for code, text, name in filter(None, said):
+        raise OSError(code, text, name)
     return result
 
 
