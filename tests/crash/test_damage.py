@@ -84,3 +84,10 @@ def test_a_file_that_is_gone_or_was_exchanged_is_found(which, tmp_path):
     file.unlink()
     assert file.name in verify(newest)
     assert loaded(tmp_path) == 1
+
+
+@pytest.mark.parametrize("before, after", [(b"  ", b" \t"), (b"{\n", b"{\r"), (b'": {', b'" :{'), (b"}\n", b"} ")])
+def test_not_even_white_space_of_the_manifest_may_change(before, after, tmp_path):
+    file = save(tmp_path, 1) / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(before, after, 1))
+    assert verify(file.parent) == "manifest.json is not what was written"

@@ -1,17 +1,22 @@
 """Every change on the disk in turn is the last thing that happens: what is found again is the old or the new, and nothing is in the way."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
-from manyscale.train.checkpoint import tidy
+from manyscale.train.checkpoint import checkpoints, tidy, verify
 from tests.crash.conftest import counted
 from tests.crash.disk import CRASHED, Crash, Record, end_at, points
 from tests.crash.states import SCENES, loaded, names, save
 
 pytestmark = pytest.mark.crash
-QUICK = ("save", "same step again", "quarantine")
+QUICK = ("save", "same step again", "tidy", "quarantine")
 MARKED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCENES]
+
+
+def damaged(folder: Path) -> set[str]:
+    return {path.name for path in checkpoints(folder) if verify(path)}
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -29,7 +34,9 @@ def test_every_point_at_which_a_process_can_die(name, tmp_path):
         root = tmp_path / "crashed"
         shutil.copytree(before, root)
         folder = root / "run"
+        broken = damaged(folder)
         assert end_at(Crash(root, point), lambda folder=folder: scene.act(folder)) == CRASHED, point
+        assert damaged(folder) <= broken, point  # nor does anything half-deleted look like a checkpoint
         found = loaded(folder)
         assert found in scene.outcomes, (point, found, names(folder))
         seen.add(found)
