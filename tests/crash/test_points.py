@@ -8,7 +8,7 @@ import pytest
 from manyscale.train.checkpoint import checkpoints, tidy, verify
 from tests.crash.conftest import counted
 from tests.crash.disk import CRASHED, Crash, Record, end_at, points
-from tests.crash.states import SCENES, loaded, names, save
+from tests.crash.states import SCENES, SHARD, flip, loaded, names, save
 
 pytestmark = pytest.mark.crash
 QUICK = ("save", "same step again", "tidy", "quarantine")
@@ -48,3 +48,21 @@ def test_every_point_at_which_a_process_can_die(name, tmp_path):
         shutil.rmtree(root)
         counted(f"crash points, {name}")
     assert seen == set(scene.outcomes)
+
+
+def test_what_a_dead_save_left_is_in_nobodys_way(tmp_path):
+    """The run goes on and comes to the same step; nothing of the first try is in the second."""
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000002")
+    (tmp_path / ".step_00000002" / "shard-00001-model-00002-of-00002.safetensors").write_bytes(b"torn")
+    assert names(save(tmp_path, 2)) == names(tmp_path / "step_00000001")
+    assert loaded(tmp_path) == 2 and names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_the_newest_that_is_whole_is_never_dropped(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        flip(tmp_path / f"step_{step:08d}" / SHARD)
+    tidy(tmp_path, 1)
+    assert names(tmp_path) == ["step_00000001", "step_00000003"] and loaded(tmp_path) == 1
