@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow crash soak clean
 
 demo: .venv/installed
 	$(BIN)/manyscale demo
@@ -14,6 +14,13 @@ test: .venv/installed-dev
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+crash: .venv/installed-dev
+	$(BIN)/python -m pytest -m crash
+
+STEPS ?= 10000
+soak: .venv/installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m tests.crash.soak --steps $(STEPS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ def write(path: Path | str, content: bytes | str | Callable[[Path], None]) -> No
         OSError: the disk is full, read-only or gone; whatever stood at `path` still stands.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         if callable(content):
@@ -52,9 +52,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and what is missing above it, so that a loss of power does not take it away again."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync(each.parent)
+
+
+def as_json(value: Any) -> bytes:
+    """`value` as indented JSON. NaN and infinity are refused: other readers do."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path | str, value: Any) -> None:
-    """`value` as indented JSON, by `write`. NaN and infinity are refused: other readers do."""
-    write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """`value` by `as_json` and `write`."""
+    write(path, as_json(value))
 
 
 def read_json(path: Path | str) -> dict[str, Any]:

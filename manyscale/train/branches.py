@@ -14,7 +14,7 @@ from typing import Any
 
 from manyscale.config import Run, from_dict, in_steps, to_dict
 from manyscale.ranks import joined
-from manyscale.storage import read_json, write, write_json
+from manyscale.storage import make_folder, read_json, write, write_json
 from manyscale.tasks import open_task
 from manyscale.tasks.pictures import Pictures
 from manyscale.train import loop
@@ -111,7 +111,7 @@ def _branch(run: Run, name: str) -> Run:
 def _seed(trunk: Path, branch: Run, length: int) -> None:
     """Give a branch the trunk's state, and its word on how it came there; a killed seeding leaves no checkpoint and is done again."""
     folder = Path(branch.folder)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     found = newest_checkpoint(trunk, print)
     if not found:
         raise ValueError(f"{trunk}: no checkpoint is whole; remove {trunk.parent} and begin again")

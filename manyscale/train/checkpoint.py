@@ -7,9 +7,11 @@ ranks reads it again. No PyTorch or safetensors reader notices a flipped bit; th
 is used.
 """
 
-import mmap
+import errno
+import hashlib
 import os
 import shutil
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from manyscale.ranks import ALONE, Ranks
-from manyscale.storage import read_json, sync, write_json
+from manyscale.storage import as_json, make_folder, parse_json, read_json, sync, write_json
 
 FORMAT = 1
 PREFIX = "step_"
@@ -48,7 +50,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], values:
 
     def begin() -> None:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        make_folder(folder)
+        aside.mkdir()
 
     def write_own() -> dict[str, Any]:
         storage = HuggingFaceStorageWriter(str(aside), save_distributed=True)
@@ -59,10 +62,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], values:
         write_json(aside / STATE, {"format": FORMAT, "values": values})
         files = {name: entry for own in written for name, entry in own.items()}
         write_json(aside / MANIFEST, {STATE: _fingerprint(aside / STATE), **files})
-        if final.exists():  # the same step again, after a fallback: the new one is as good
-            os.replace(final, _unused(folder / f".old_{final.name}"))
+        before = _unused(folder / f"{final.name}.old")
+        if final.exists():  # the same step again: until the new one stands, the old one is still a checkpoint
+            os.replace(final, before)
         os.replace(aside, final)
         sync(folder)
+        _drop(before)
 
     try:
         _agreed(ranks, begin if ranks.leads else None)
@@ -143,10 +148,12 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None], ranks: Ranks = 
 
     Raises:
         ValueError: written by a newer version.
+        OSError: on every rank, where one cannot read now, which says nothing about the checkpoint; or nothing can be renamed.
     """
     for name in reversed(ranks.tell([path.name for path in checkpoints(folder)])):
         path = folder / name
-        damage = next(filter(None, ranks.collect(verify(path, (ranks.rank, ranks.count)))), "")
+        found = _agreed(ranks, lambda path=path: verify(path, (ranks.rank, ranks.count)))
+        damage = next(filter(None, ranks.collect(found)), "")
         if not damage:
             form = read_json(path / STATE)["format"]
             if form > FORMAT:
@@ -155,11 +162,10 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None], ranks: Ranks = 
             if others:
                 note(f"{path}: {', '.join(others)} was not written with it and is not read")
             return path
+        aside = _unused(path.with_name(f"damaged_{path.name}"))
+        _agreed(ranks, (lambda path=path, aside=aside: os.replace(path, aside)) if ranks.leads else None)
         if ranks.leads:
-            aside = _unused(path.with_name(f"damaged_{path.name}"))
-            os.replace(path, aside)
             note(f"checkpoint {path.name} is damaged ({damage}); kept as {aside.name}, going back to the one before")
-        ranks.wait()
     return None
 
 
@@ -192,37 +198,56 @@ def load_checkpoint(folder: Path, note: Callable[[str], None]) -> tuple[dict[str
 def copy_checkpoint(path: Path, folder: Path, changes: dict[str, Any]) -> None:
     """Put a checkpoint into another run's folder, some of its values changed: aside, then renamed into place."""
     final, aside = folder / path.name, folder / f".{path.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(path, aside)
-    write_json(aside / STATE, {"format": FORMAT, "values": read_values(path) | changes})
-    write_json(aside / MANIFEST, read_json(path / MANIFEST) | {STATE: _fingerprint(aside / STATE)})
-    for file in aside.iterdir():
-        sync(file)
-    os.replace(aside, final)
-    sync(folder)
+    make_folder(folder)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(path, aside)
+        write_json(aside / STATE, {"format": FORMAT, "values": read_values(path) | changes})
+        write_json(aside / MANIFEST, read_json(path / MANIFEST) | {STATE: _fingerprint(aside / STATE)})
+        for file in aside.iterdir():
+            sync(file)
+        os.replace(aside, final)
+        sync(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with a checkpoint, or an empty string; with `share` (i, n), of every n files one is looked at."""
+    """What is wrong with a checkpoint, or an empty string; with `share` (i, n), of every n files one is looked at.
+
+    Raises:
+        OSError: a file cannot be read now, as over a network that is down; a block that the disk has lost is damage.
+    """
+    name = MANIFEST
     try:
-        manifest = read_json(path / MANIFEST)
+        content = (path / MANIFEST).read_bytes()
+        manifest = parse_json(content, MANIFEST)
+        if not isinstance(manifest, dict) or content != as_json(manifest):  # only white space changes nothing else
+            return f"{MANIFEST} is not what was written"
+        if STATE not in manifest:
+            return f"{MANIFEST} lists {', '.join(manifest)}"
+        for name in sorted(manifest)[share[0] :: share[1]]:
+            file = path / name
+            if file.parent != path or not stat.S_ISREG(file.stat().st_mode):
+                return f"{name}, which {MANIFEST} lists, is no file of it"
+            found = _fingerprint(file)
+            if manifest[name] != found:
+                return f"{name} is not what {MANIFEST} says: {found}, not {manifest[name]}"
     except ValueError as error:
         return str(error)
-    if STATE not in manifest:
-        return f"{MANIFEST} lists {', '.join(manifest)}"
-    for name in sorted(manifest)[share[0] :: share[1]]:
-        file = path / name
-        if file.parent != path or not file.is_file():
-            return f"{name} is missing"
-        found = _fingerprint(file)
-        if manifest[name] != found:
-            return f"{name} is not what was written: {found}, not {manifest[name]}"
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return f"{name} is missing" if name == MANIFEST else f"{name}, which {MANIFEST} lists, is missing"
+        if error.errno in (errno.EIO, errno.EISDIR):
+            return f"{name} cannot be read: {error.strerror}"
+        raise
     return ""
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The committed checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    """The committed checkpoints, oldest first; `step_00000123.old`, which was about to be replaced, before that of its step."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir()]
+    return sorted(found, key=lambda path: (path.name.partition(".")[0], not path.suffix, path.name))
 
 
 def tidy(folder: Path, keep: int, *, every: int = 0, best: int = 0, whole: Path | None = None) -> None:
@@ -265,8 +290,8 @@ def _agreed(ranks: Ranks, work: Callable[[], Any] | None) -> Any:
     said = ranks.collect(failure and [failure.errno, failure.strerror or str(failure), str(failure.filename or "")])
     if failure:
         raise failure
-    for errno, text, name in filter(None, said):
-        raise OSError(errno, text, name)
+    for code, text, name in filter(None, said):
+        raise OSError(code, text, name)
     return result
 
 
@@ -298,8 +323,6 @@ def _unused(path: Path) -> Path:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    state, size = xxhash.xxh3_128(), path.stat().st_size
-    if size:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # four times as fast as reading
-            state.update(content)
-    return {"bytes": size, "xxh3_128": state.hexdigest()}
+    # read, not mapped: a block that the disk has lost must come as an error, not as a signal
+    with path.open("rb", buffering=0) as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "xxh3_128": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}

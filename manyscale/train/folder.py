@@ -11,7 +11,7 @@ import torch
 
 from manyscale.config import Run, from_dict, to_dict
 from manyscale.ranks import Ranks
-from manyscale.storage import read_json
+from manyscale.storage import make_folder, read_json
 from manyscale.train.state import Clock
 
 # What may differ when a run goes on: where and how fast it computes, and what it says; never what it learns.
@@ -54,7 +54,7 @@ def entered(folder: Path, ranks: Ranks) -> Iterator[None]:
     with ExitStack() as held:
         if ranks.leads:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 held.enter_context(only_one(folder))
             except (ValueError, OSError) as error:
                 failure = error

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import random
 import stat
@@ -46,19 +45,14 @@ def test_any_flip_truncation_or_zeroed_block_is_found_named_and_stepped_over(tmp
     file.write_bytes(content)
     notes = []
     found = load_checkpoint(tmp_path, notes.append)
-    if found[1]["step"] == 2:  # only white space of the manifest can change without its meaning changing
-        assert file.name == "manifest.json" and json.loads(content) == json.loads(
-            (tmp_path / "step_00000002" / "manifest.json").read_text()
-        )
-    else:
-        assert found[1]["step"] == 1 and len(notes) == 1 and "step_00000002" in notes[0]
-        assert (tmp_path / "damaged_step_00000002").exists()
+    assert found[1]["step"] == 1 and len(notes) == 1 and "step_00000002" in notes[0] and file.name in notes[0]
+    assert (tmp_path / "damaged_step_00000002").exists()
 
 
 def test_a_missing_file_is_damage(tmp_path):
     path = save_checkpoint(tmp_path, 1, TENSORS, {})
     (path / "state.json").unlink()
-    assert verify(path) == "state.json is missing"
+    assert verify(path) == "state.json, which manifest.json lists, is missing"
 
 
 class Crash(BaseException):
