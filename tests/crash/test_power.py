@@ -37,6 +37,7 @@ def a_life(folder: Path, returned) -> None:
     branch = folder.with_name("branch")
     copy_checkpoint(path, branch, {"more": 1})
     returned(branch, 44)
+    save(folder, 5)  # power may be lost only after a branch was begun, too
 
 
 def losses(root: Path, ways: tuple[str, ...] = WAYS, whole: bool = False) -> tuple[int, list[str]]:
@@ -53,7 +54,7 @@ def losses(root: Path, ways: tuple[str, ...] = WAYS, whole: bool = False) -> tup
     shutil.rmtree(disk)
     disk.mkdir()
     power, there, after = Power(disk), {}, root / "after"
-    seeds = {"run": [None, 1, 2, 3, 33, 4, 44], "branch": [None, 44]}
+    seeds = {"run": [None, 1, 2, 3, 33, 4, 44, 5], "branch": [None, 44]}
     for place, call in enumerate(calls):
         if call.kind == "returned":
             there[Path(call.paths[0]).name] = int(call.paths[1])
