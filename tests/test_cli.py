@@ -259,6 +259,7 @@ def test_batch_norms_are_recalibrated_on_a_set(tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_any_number_of_sizes_is_typed(tmp_path):
     main(
         [

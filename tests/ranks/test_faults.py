@@ -87,7 +87,7 @@ def test_sigterm_on_one_rank_ends_all_at_the_same_step(rank, micro, team):
 def test_who_is_killed_is_named_by_the_other(rank, micro, team):
     run = endless(micro, "run")
     ranks = team(train_all, [run])
-    until(lambda: steps(run.out) >= 6)
+    until(lambda: steps(run.out) >= 6 and checkpoints(Path(run.out)))  # it is written beside the training
     os.kill(ranks.members[rank].pid, signal.SIGKILL)
     began = time.monotonic()
     codes = ranks.wait()

@@ -104,7 +104,8 @@ def test_equal_scores_keep_the_earlier_token(tmp_path):
 # --- 8 bits --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_int8_says_what_it_costs(format, micro, tmp_path, capsys):
     needs(format)
     pytest.importorskip("nncf", reason="nncf is not installed: pip install 'manyscale[export]'")

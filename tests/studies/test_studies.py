@@ -100,7 +100,7 @@ def quickly(monkeypatch, tmp_path):
     return terms, ran
 
 
-LONG = {"simmim", "norms", "stability", "heads", "weight-decay", "scaling"}  # half a minute each: `-m slow`
+LONG = {*STUDIES} - {"supervit", "amplitudes"}  # a quarter or half a minute each: `-m slow`
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in STUDIES])

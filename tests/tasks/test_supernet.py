@@ -317,7 +317,7 @@ def test_a_run_resumes_bit_by_bit(run, kind, tmp_path, monkeypatch):
     assert fingerprint(pieces.out) == fingerprint(run.out)
 
 
-@pytest.mark.parametrize("mix_token", [0.0, 1.0])
+@pytest.mark.parametrize("mix_token", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_compiled_settings_train_as_eager_ones(run, monkeypatch, mix_token):
     """And boxes of MixToken, which differ from step to step, make no new graphs; nor do whole passes that are no setting."""
     made, graphs = [], []

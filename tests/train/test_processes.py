@@ -12,13 +12,14 @@ import pytest
 from tests.train.kill_and_resume import RUN, compare, steps
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_costs_nothing_but_time(tmp_path):
     whole, killed, at = compare(tmp_path, kills=2, seed=1)
     assert at, "it was never killed"
     assert killed == whole
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, number, code):
     # a process group of its own: Ctrl-C reaches the loader's workers too
     process = subprocess.Popen(
