@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from tyro.conf import Positional
 
-from manyscale.cli.parsing import leave, parse, plain, plain_table, show
-from manyscale.config import nearest
+from manyscale.cli.parsing import choose, leave, plain, plain_table, show
 from manyscale.storage import write
 
 SHOWN = 20  # findings printed; the report has all
@@ -22,14 +21,7 @@ SHOWN = 20  # findings printed; the report has all
 
 def data(arguments: list[str]) -> None:
     """A set's files: `data index SET` (hashes), `data verify SET`, `data repair SET`, `data pack FOLDER TAR`."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("\n".join(f"manyscale data {name} {usage}" for name, (_, usage) in DATA.items()))
-        if not arguments:
-            raise ValueError(f"give what to do: {', '.join(DATA)}")
-        return
-    if arguments[0] not in DATA:
-        raise ValueError(f"unknown verb `data {arguments[0]}`; {nearest(arguments[0], DATA)}")
-    parse(DATA[arguments[0]][0], f"data {arguments[0]}", arguments[1:])
+    choose("data", "what to do", DATA, arguments)
 
 
 def _index(data: Positional[str], out: str = "", workers: int = -1) -> None:

@@ -10,10 +10,28 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import AvoidSubcommands, OmitArgPrefixes
 
+from manyscale.config import nearest
+
 
 def parse(function: Callable[..., Any], name: str, arguments: list[str], **options: Any) -> Any:
     """Call `function` with what `arguments` say; `options` go to tyro."""
     return tyro.cli(function, prog=f"manyscale {name}", args=arguments, config=(OmitArgPrefixes, AvoidSubcommands), **options)
+
+
+def choose(verb: str, asked: str, choices: dict[str, tuple[Callable[..., Any], str]], arguments: list[str]) -> None:
+    """Call the one of a verb's `choices`, each a function and its usage, that comes first in `arguments`; or print them all.
+
+    Args:
+        asked: what a call without one is told to give.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("\n".join(f"manyscale {verb} {name} {usage}" for name, (_, usage) in choices.items()))
+        if not arguments:
+            raise ValueError(f"give {asked}: {', '.join(choices)}")
+        return
+    if arguments[0] not in choices:
+        raise ValueError(f"unknown {verb} `{arguments[0]}`; {nearest(arguments[0], choices)}")
+    parse(choices[arguments[0]][0], f"{verb} {arguments[0]}", arguments[1:])
 
 
 def leave(message: str, code: int) -> NoReturn:

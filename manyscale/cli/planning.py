@@ -7,8 +7,8 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from manyscale.cli.costing import cost
-from manyscale.cli.parsing import parse, plain_table, show
-from manyscale.config import Memory, NetConfig, Optim, Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, nearest, read_bytes
+from manyscale.cli.parsing import choose, parse, plain_table, show
+from manyscale.config import Memory, NetConfig, Optim, Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, read_bytes
 from manyscale.config.checks import require
 from manyscale.config.memory import AttentionPath
 from manyscale.presets import list_models, model_config
@@ -246,14 +246,7 @@ PLANS: dict[str, tuple[Callable[..., None], str]] = {
 
 def plan(arguments: list[str]) -> None:
     """Answers before you pay: `plan count MODEL` (parameters, GFLOPs), `plan memory MODEL`, `plan cost RUN`, `plan laws FILE`."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("\n".join(f"manyscale plan {name} {usage}" for name, (_, usage) in PLANS.items()))
-        if not arguments:
-            raise ValueError(f"give what to plan: {', '.join(PLANS)}")
-        return
-    if arguments[0] not in PLANS:
-        raise ValueError(f"unknown plan `{arguments[0]}`; {nearest(arguments[0], PLANS)}")
-    parse(PLANS[arguments[0]][0], f"plan {arguments[0]}", arguments[1:])
+    choose("plan", "what to plan", PLANS, arguments)
 
 
 def models(arguments: list[str]) -> None:

@@ -3,7 +3,6 @@
 Idea and many of the files: Pillow's and torchvision's own reports of crashes; see docs/data.md.
 """
 
-import io
 import os
 import struct
 import zlib
@@ -13,25 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.pictures import NOISE, chunk, encoded, png
+
 Said = dict[str, str]
 """File name -> what `data verify` calls it (its kind); a warning, or nothing where the picture is fine, in brackets."""
 FINE = "(fine)"
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
-
-
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png(width: int, height: int, data: bytes = b"", *, depth: int = 8, before: bytes = b"") -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + before + (chunk(b"IDAT", data) if data else b"") + chunk(b"IEND", b"")
 
 
 def _write(folder: Path, files: dict[str, tuple[bytes, str]]) -> Said:

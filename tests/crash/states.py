@@ -97,3 +97,11 @@ SCENES = {
     "quarantine and save": Scene(_damaged, _damaged_and_saved_again, (1, 22)),
     "copy": Scene(lambda folder: save(folder.parent / "trunk", 7), _copied, (None, 7), _trunk_stands),
 }
+
+
+def goes_on(folder: Path, case: object) -> None:
+    """See that a run saves, loads and tidies on in a folder in which something went wrong, and that nothing of that is left over."""
+    save(folder, 9)
+    assert loaded(folder) == 9, case
+    tidy(folder, 1)
+    assert [left for left in names(folder) if not left.startswith("damaged_")] == ["step_00000009"], case

@@ -1,6 +1,5 @@
 """Every file a data set may hold: decoded as documented, or refused in a few words. Never a hang, a crash or a warning."""
 
-import io
 import os
 import pickle
 import struct
@@ -15,24 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
 from manyscale.data.images import FORMATS, BadImage, read_image
+from tests.pictures import NOISE, chunk, encoded, png
 
 LIMIT = 64_000_000
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
-
-
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png(width: int, height: int, data: bytes = b"", *, before: bytes = b"") -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + before + (chunk(b"IDAT", data) if data else b"") + chunk(b"IEND", b"")
 
 
 def bad_tag_exif() -> bytes:
