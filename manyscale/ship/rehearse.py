@@ -49,7 +49,11 @@ def rehearse(config: NetConfig, states: Memory, shardings: Sequence[Sharding], o
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        return [Rehearsed(how.name, how.states(states), _bytes(config, states, how, optim, Ranks(0, ranks, 0, node))) for how in shardings]
+        found: dict[tuple[int, int], int] = {}  # between steps ZeRO-2 keeps the pieces of ZeRO-3: laid out once
+        for how in shardings:
+            if (how.optimiser, how.rest) not in found:
+                found[how.optimiser, how.rest] = _bytes(config, states, how, optim, Ranks(0, ranks, 0, node))
+        return [Rehearsed(how.name, how.states(states), found[how.optimiser, how.rest]) for how in shardings]
     finally:
         dist.destroy_process_group()
 

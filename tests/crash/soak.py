@@ -185,7 +185,7 @@ class Torment:
             for member in team.members:
                 member.kill()
         if kind == "worker":  # the run stops with an error, or goes on with another worker
-            team.members[0].join(5)
+            self._wait(team, step(self.run) + 5)
             team.members[0].kill()
         return team.wait(PATIENCE)
 

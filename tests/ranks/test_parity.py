@@ -17,7 +17,7 @@ CLOSE = 2e-6  # relative, of the losses of 20 steps in float32
 def twenty_steps(run: Run) -> Run:
     """Of a net with drop path, mixing and a moving average, in 4 parts; an evaluation in the middle and one at the end."""
     run = shorter(run, length="20-steps", warmup="5-steps", evaluate_every="10-steps")
-    return replace(run, batch=32, accumulate=4, input=replace(run.input, held_out=50))
+    return replace(run, batch=32, accumulate=4, input=replace(run.input, held_out=50), model=replace(run.model, depths=(1, 1)))
 
 
 def same_steps(run: Run, folder: Path, plan: dict[int, tuple[dict, ...]]) -> None:
