@@ -177,8 +177,8 @@ class Fault(Disk):
         return do(call.content[: (len(call.content) + 1) // 2]) if call.kind == "write" else super().call(call, do)
 
 
-def end_at(disk: Disk, work: Callable[[], Any]) -> int:
-    """How a forked child ends that does `work` on a disk: CRASHED, or 0."""
+def begun(disk: Disk, work: Callable[[], Any]) -> int:
+    """A forked child that does `work` on a disk."""
     child = os.fork()
     if not child:
         code = 70
@@ -188,4 +188,9 @@ def end_at(disk: Disk, work: Callable[[], Any]) -> int:
             code = 0
         finally:
             os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """How it ends: CRASHED, or 0, or 70 where it raised something."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
