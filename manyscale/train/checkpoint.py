@@ -9,12 +9,15 @@ is used.
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
@@ -32,7 +36,7 @@ from manyscale.storage import as_json, make_folder, parse_json, read_json, sync,
 
 FORMAT = 1
 PREFIX = "step_"
-TENSORS, STATE, MANIFEST = "*.safetensors", "state.json", "manifest.json"
+STATE, MANIFEST = "state.json", "manifest.json"
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is what we mean
 
 
@@ -55,8 +59,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], values:
 
     def write_own() -> dict[str, Any]:
         storage = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        storage.fs = files = _Fingerprinted()
         _stored(lambda: dcp.save(dict(tensors), storage_writer=storage, process_group=ranks.words, no_dist=ranks.count == 1))
-        return {path.name: _fingerprint(path) for path in aside.glob(f"shard-{ranks.rank + 1:05d}-{TENSORS}")}
+        return files.written
 
     def commit() -> None:
         write_json(aside / STATE, {"format": FORMAT, "values": values})
@@ -320,6 +325,32 @@ def _reader(path: Path) -> HuggingFaceStorageReader:
 def _unused(path: Path) -> Path:
     tries = (path.with_name(f"{path.name}{suffix}") for suffix in ("", *(f".{n}" for n in range(1, 1000))))
     return next(p for p in tries if not p.exists())
+
+
+class _Fingerprinted(FileSystem):
+    """Where torch writes to: takes the fingerprint of what was meant, while it is written, which costs less than to read it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.BufferedWriter]:
+        with _Hashing(Path(path).open(mode, buffering=0)) as stream:
+            yield stream
+        self.written[Path(path).name] = {"bytes": stream.bytes, "xxh3_128": stream.hash.hexdigest()}
+
+
+class _Hashing(io.BufferedWriter):
+    def __init__(self, file: io.RawIOBase) -> None:
+        super().__init__(file)
+        self.hash, self.bytes = xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        self.bytes += len(data)
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(self.hash.update, data)
+            return super().write(data)  # all of it, or an OSError
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
