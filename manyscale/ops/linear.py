@@ -1,5 +1,7 @@
 """A linear layer, with the GELU behind it if there is one."""
 
+import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,11 +15,13 @@ Gelu = Literal["exact", "tanh"]
 # What torch.compile's CPU graphs call: oneDNN's product, with bias and GELU in the same pass; weights as they lie. F.linear first copies
 # the bias to every row, and its GELU reads and writes all again.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# F.linear in float32 is MKL's, which is at home there.
+_INTEL = os.path.exists("/proc/cpuinfo") and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: Gelu | None = None) -> Tensor:
-    """x weight^T + bias, then GELU or its tanh approximation: (..., C) -> (..., D). Through oneDNN where `is_quick`."""
-    if is_quick(x, weight, *(() if bias is None else (bias,))) and _fits(x, weight, bias):
+    """x weight^T + bias, then GELU or its tanh approximation: (..., C) -> (..., D). Through oneDNN where `is_quick` and it pays."""
+    if is_quick(x, weight, *(() if bias is None else (bias,))) and _fits(x, weight, bias) and _pays(x, weight, gelu):
         return _ONEDNN(x, weight, bias, "none" if gelu is None else "gelu", [], {"exact": "none", "tanh": "tanh", None: ""}[gelu])
     x = F.linear(x, weight, bias)
     return x if gelu is None else F.gelu(x, approximate="none" if gelu == "exact" else "tanh")
@@ -55,6 +59,12 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype == weight.dtype
         and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
     )
+
+
+def _pays(x: Tensor, weight: Tensor, gelu: Gelu | None) -> bool:
+    """Whether oneDNN is quicker than F.linear: where MKL is at home, only where memory takes the time and not arithmetic."""
+    home = _INTEL and x.dtype == torch.float32
+    return not home or weight.shape[1] <= 192 or (gelu is not None and x[..., 0].numel() >= 2048)  # both measured
 
 
 if _ONEDNN is not None:

@@ -250,7 +250,7 @@ def main() -> None:
             if asked.kills:
                 share = (asked.kills + number) // len(runs)
                 how = {"kinds": ("kill",), "strikes": share, "beside": number % 4 < 2}
-            steps, every = (asked.steps, asked.every) if not asked.kills else (12 * share + 50, 10)
+            steps, every = (asked.steps, asked.every) if not asked.kills else (16 * share + 50, 10)
             torment = tormented(folder, steps, every, seed=seed, ranks=ranks, said=lambda text: print(text, flush=True), **how)
             counts += torment.counts
             lost += torment.lost

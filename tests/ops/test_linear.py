@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import manyscale.ops.linear as ops
 from manyscale.layers.block import ROWS, Mlp
 from manyscale.ops.linear import is_quick, linear
 
@@ -30,6 +31,30 @@ def test_either_way_is_the_same(dtype, limit, gelu):
         assert (found.double() - expected).norm() / expected.norm() < limit
         again = linear(*given, gelu)  # with gradients
         assert (again.double() - expected).norm() / expected.norm() < limit
+
+
+@quick_only
+@pytest.mark.parametrize(
+    ("intel", "dtype", "rows", "width", "gelu", "by_onednn"),
+    [
+        (False, torch.float32, 8, 384, None, True),
+        (True, torch.bfloat16, 8, 384, None, True),
+        (True, torch.float32, 8, 384, None, False),
+        (True, torch.float32, 8, 192, None, True),
+        (True, torch.float32, 2048, 384, None, False),
+        (True, torch.float32, 2047, 384, "exact", False),
+        (True, torch.float32, 2048, 384, "tanh", True),
+    ],
+)
+def test_who_computes(intel, dtype, rows, width, gelu, by_onednn, monkeypatch):
+    real, calls = ops._ONEDNN, []
+    monkeypatch.setattr(ops, "_INTEL", intel)
+    monkeypatch.setattr(ops, "_ONEDNN", lambda *given: (calls.append(given), real(*given))[1])
+    x, weight = torch.ones(1, rows, width, dtype=dtype), torch.ones(4, width, dtype=dtype)
+    with torch.no_grad():
+        found = linear(x, weight, None, gelu)
+    assert bool(calls) == by_onednn
+    torch.testing.assert_close(found, torch.full_like(found, width))
 
 
 def test_views_and_no_rows():
