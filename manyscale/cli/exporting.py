@@ -35,6 +35,7 @@ def _export(
         out: a folder; empty: one in export/ beside the model.
     """
     from manyscale.models import load
+    from manyscale.ship.evaluate import open_scored
     from manyscale.ship.export import calibration, export, score
 
     at = Setting.read(setting) if setting else None
@@ -43,13 +44,14 @@ def _export(
     net = load(model).float()
     words = [format, dtype if dtype != "float32" else "", "int8" if int8 else "", setting.replace("/", "-")]
     folder = Path(out or (Path(model) if Path(model).is_dir() else Path(model).parent) / "export" / "-".join(filter(None, words)))
+    scored = open_scored(model, net, data, split) if int8 else None  # what is wrong with it is said before the work
     samples = calibration(model, net, at, data) if int8 else None
     written = export(net, folder, format=format, dtype=dtype, setting=at, calibration=samples)
     shape = " x ".join(map(str, written.card["images"]))
     print(f"wrote {folder}/{written.card['file']}: float32 images ({shape}) -> logits; export.json says how they are prepared")
     print(f"its logits differ from the net's by {written.difference:.1g} of the largest" + ", on random images" * int8)
-    if int8:
-        found = score(model, net, folder, at, data=data, split=split, pictures=pictures, report=_left_out)
+    if scored:
+        found = score(scored, net, folder, at, pictures=pictures, report=_left_out)
         print(f"accuracy on {found.pictures} pictures of {found.name}: {found.net:.4f} in float32, {found.file:.4f} in int8")
 
 

@@ -1,7 +1,10 @@
 """Which path a net's attention takes."""
 
+from typing import get_args
+
 from torch import nn
 
+from manyscale.config import nearest
 from manyscale.layers.attention import WindowAttention
 from manyscale.ops.attention import BUDGET, Path
 
@@ -14,8 +17,10 @@ def set_attention(model: nn.Module, path: Path, *, stages: int | None = None, bu
         budget: bytes that the logits of a chunk may take, of the sequential path.
 
     Raises:
-        ValueError: more stages than there are, or a net without stages; the kernels for a net without windows.
+        ValueError: no such path; more stages than there are, or a net without stages; the kernels for a net without windows.
     """
+    if path not in get_args(Path):
+        raise ValueError(f"field `attention`: unknown path `{path}`; {nearest(path, get_args(Path))}")
     parts: list[nn.Module] = [model]
     if stages is not None:
         encoder = getattr(model, "encoder", model)  # of a SimMIM net

@@ -27,7 +27,7 @@ from manyscale.data.sources import Part
 from manyscale.data.transforms import eval_transform
 from manyscale.models import Net
 from manyscale.models.settings import AtSetting
-from manyscale.ship.evaluate import open_scored, pictures_for, recipe_of
+from manyscale.ship.evaluate import Scored, pictures_for, recipe_of
 from manyscale.ship.measure import apart
 from manyscale.storage import read_json, sync, write_json
 from manyscale.tasks import classify
@@ -86,8 +86,7 @@ def export(
         checks = [torch.randn(count, *shape, generator=torch.Generator().manual_seed(count)) for count in (1, 3)]
         expected = [net(images).float() for images in checks]  # refuses what cannot be
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
+    with _made(folder), tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
         beside = Path(place)
         card = write_engine(net, shape, beside, format=format, dtype=dtype, calibration=calibration)
         engine = open_engine(beside)
@@ -107,6 +106,19 @@ def export(
             os.replace(file, folder / file.name)
     sync(folder)
     return Exported(folder, difference, card)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder is there; one that was made for what then failed is not."""
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not there:
+            folder.rmdir()
+        raise
 
 
 def write_engine(
@@ -186,21 +198,14 @@ def calibration(path: str, model: Net, setting: Setting | None, data: str = "") 
     return pictures_for(model, data or run.input.data, CALIBRATION, _prepared(model, setting))
 
 
-def score(
-    path: str, model: Net, folder: Path | str, setting: Setting | None, *, data: str, split: str, pictures: int, report: Report
-) -> Scores:
-    """Score a net and the file that `export` made of it on the same pictures of a split; export.json then says both accuracies.
+def score(scored: Scored, model: Net, folder: Path | str, setting: Setting | None, *, pictures: int, report: Report) -> Scores:
+    """Score a net and the file that `export` made of it on the same pictures; export.json then says both accuracies.
 
     Args:
-        path: of the net; a run's folder names the data.
-        data: a set by name or folder; empty: the one the run was trained on.
+        scored: from `ship.evaluate.open_scored`.
         pictures: drawn at random; 0: all of the split.
         report: called with path and reason of every picture that could not be read.
-
-    Raises:
-        ValueError: as `ship.evaluate.open_scored`.
     """
-    scored = open_scored(path, model, data, split)
     chosen = np.random.default_rng(0).permutation(len(scored.source))[: pictures or None]
     source, transform = Part(scored.source, np.sort(chosen)), eval_transform(_prepared(model, setting))
     found = []

@@ -3,6 +3,7 @@
 
 import gc
 
+import matplotlib.pyplot
 import sklearn.datasets  # of the digits
 
 import tests.ranks.jobs

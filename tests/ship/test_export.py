@@ -12,7 +12,7 @@ import torch
 import manyscale as ms
 from manyscale.cli import main
 from manyscale.config import Augment, Optim, Preprocess, Setting, SuperViTConfig, SwinConfig, ViTConfig
-from manyscale.models import build, set_attention
+from manyscale.models import build, save, set_attention
 from manyscale.ship import export as exporting
 from manyscale.ship.export import CARD, FILES, export, open_engine
 from manyscale.train.loop import train
@@ -160,6 +160,9 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"field `format`: logits of the torch file differ by 0\.0\d of the largest; it was not written"):
         export(net, tmp_path / "out", format="torch")
     assert {file.name: file.read_bytes() for file in first.folder.iterdir()} == kept
+    with pytest.raises(ValueError, match="it was not written"):
+        export(net, tmp_path / "new", format="torch")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -188,6 +191,14 @@ def test_words_that_are_not_known(options, message, tmp_path):
 def test_a_net_that_has_not_learnt_goes_out(tmp_path):
     """A fresh ViT's classifier is zero, and so are its logits: nothing to divide a difference by."""
     assert export(build(ViTConfig(**VIT)), tmp_path, format="torch").difference == 0
+
+
+def test_a_wrong_split_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    save(net_of("v2")[0], tmp_path / "net")
+    monkeypatch.setattr(exporting, "calibration", lambda *given: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(tmp_path / "net"), "--int8", "--data", "digits", "--split", "vall"])
+    assert left.value.code == 2 and "vall" in capsys.readouterr().err
 
 
 def test_int8_wants_pictures(tmp_path):

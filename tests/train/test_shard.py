@@ -101,6 +101,8 @@ def test_what_memory_refuses(fields, message):
 
 
 def test_what_a_net_refuses():
+    with pytest.raises(ValueError, match="field `attention`: unknown path `sequentail`; did you mean `sequential`"):
+        fit(build(NETS["swin"]), Memory(attention="sequentail"))
     with pytest.raises(ValueError, match="field `sequential`: 3 stages, but Swin has 2"):
         fit(build(NETS["swin"]), Memory(sequential=3))
     with pytest.raises(ValueError, match="field `sequential`: 1 stages, but ViT has 0"):
