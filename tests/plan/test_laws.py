@@ -236,13 +236,19 @@ def test_the_command_answers_in_two_seconds_without_torch(tmp_path):
         "--out",
         str(out),
     ]
-    code = f"import sys; from manyscale.cli import main; main({command!r}); assert 'torch' not in sys.modules"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0  # of processor; alone on the machine it takes under 2
-    assert "EXTRAPOLATED" in done.stdout and "E = 0.1" in done.stdout and "95 % of the resampled laws: a" in done.stdout
+
+    def seconds(code: str) -> tuple[float, str]:
+        """Of processor, and what was printed."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+    spent, said = seconds(f"import sys; from manyscale.cli import main; main({command!r}); assert 'torch' not in sys.modules")
+    # alone on the machine it takes under 2 seconds; on one that is slow today, so do the packages it cannot do without
+    assert spent < 3.0 or spent < 2.5 * seconds("import matplotlib.pyplot, scipy.optimize")[0]
+    assert "EXTRAPOLATED" in said and "E = 0.1" in said and "95 % of the resampled laws: a" in said
     result = json.loads((out / "laws.json").read_text())
     assert result["unit"] == "device-days" and result["advice"]["model"] and len(result["residuals"]) == len(result["frontier"])
     assert (out / "laws.png").stat().st_size > 10_000

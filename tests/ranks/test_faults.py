@@ -126,13 +126,13 @@ def test_who_waits_elsewhere_writes_down_where(micro, team):
 
 @pytest.mark.slow
 def test_torchrun_starts_again_and_the_run_goes_on(micro, team, tmp_path):
-    """A rank is killed twice; the end is, bit by bit, that of a run that was left alone."""
+    """A rank is killed; the end is, bit by bit, that of a run that was left alone."""
     for number in range(60):  # not of the digits: every process would wait for scikit-learn
         picture = Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8))
         file = tmp_path / "pictures" / str(number % 3) / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file)
-    run = spread(shorter(twenty_steps(micro), length="30-steps", save_steps=5), "left_alone")
+    run = spread(shorter(twenty_steps(micro), length="20-steps", save_steps=5), "left_alone")
     run = replace(run, input=replace(run.input, data=str(tmp_path / "pictures")))
     assert team(train_all, [run]).wait() == [0, 0]
     killed = spread(run, "killed")
@@ -143,11 +143,10 @@ def test_torchrun_starts_again_and_the_run_goes_on(micro, team, tmp_path):
         [*torchrun, "-m", "tests.ranks.jobs", str(tmp_path / "run.json")], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    for least, rank in ((12, 1), (22, 0)):  # a checkpoint is whole when the next is begun
-        until(lambda least=least: steps(killed.out) >= least or process.poll() is not None, 90)
-        os.kill(int((Path(killed.out) / f"pid_{rank}").read_text()), signal.SIGKILL)
+    until(lambda: steps(killed.out) >= 12 or process.poll() is not None, 90)  # a checkpoint is whole when the next is begun
+    os.kill(int((Path(killed.out) / "pid_1").read_text()), signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert said.count("going on from step") == 2
+    assert said.count("going on from step") == 1
     assert digest(killed.out) == digest(run.out)
-    assert json.loads((Path(killed.out) / "summary.json").read_text())["steps"] == 30
+    assert json.loads((Path(killed.out) / "summary.json").read_text())["steps"] == 20
