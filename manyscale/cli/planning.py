@@ -1,5 +1,6 @@
 """Verbs that answer before you pay: plan, models, doctor."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -227,13 +228,13 @@ def _show_check(config: NetConfig, states: Any, shardings: Sequence[Any], optim:
     """What belongs to the weights on a rank, planned and counted."""
     from manyscale.ship.rehearse import rehearse
 
+    began = time.perf_counter()
     found = rehearse(config, states, shardings, optim, ranks=ranks, node=min(node, ranks))
+    took = time.perf_counter() - began
     rows = [(each.name, f"{each.planned / 2**30:.3f}", f"{each.found / 2**30:.3f}", f"{each.ratio:.3f}") for each in found]
     title = f"weights, gradients and moments of the first of {ranks} ranks, GiB"
     show(plain_table(("", "planned", "counted", "ratio"), rows, right=1, title=title))
-    print(
-        "counted: laid out by torch; a weight is cut along its first axis, into pieces that are uneven where the ranks do not divide it\n"
-    )
+    print(f"counted: laid out by torch, in {took:.1f} s; a weight is cut along its first axis, unevenly where the ranks do not divide it\n")
 
 
 PLANS: dict[str, tuple[Callable[..., None], str]] = {
