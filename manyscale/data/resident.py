@@ -5,6 +5,7 @@ one matrix per axis, with the same filters (`_resampling`). Shapes: N pictures o
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -62,8 +63,8 @@ def resident_batches(
 
 def _good(index: int, epoch: int, bad: dict[int, BadFile], seed: int, count: int) -> int:
     """The sample itself, or the one that the loader shows for a bad file."""
-    tried = (index, *(instead((epoch, index, 0), attempt, seed, count) for attempt in range(1, TRIES)))
-    good = next((i for i in tried if i not in bad), None)
+    others = (instead((epoch, index, 0), attempt, seed, count) for attempt in range(1, TRIES))
+    good = next((i for i in chain((index,), others) if i not in bad), None)
     if good is None:
         raise ValueError(f"{bad[index].path}: {bad[index].reason}, and neither can {TRIES - 1} others that were drawn in its place be read")
     return good
