@@ -33,8 +33,8 @@ def is_quick(*tensors: Tensor) -> bool:
         _ONEDNN is not None
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
         and evaluated(*tensors)
+        and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
     )
 
 
@@ -44,9 +44,9 @@ def evaluated(*tensors: Tensor) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and all(tensor.device.type == "cpu" for tensor in tensors)
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-        and all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)  # no_grad leaves these on
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0  # no tangents: no_grad leaves these on
+        and all(tensor.is_cpu for tensor in tensors)
     )
 
 
@@ -64,7 +64,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _pays(x: Tensor, weight: Tensor, gelu: Gelu | None) -> bool:
     """Whether oneDNN is quicker than F.linear: where MKL is at home, only where memory takes the time and not arithmetic."""
     home = _INTEL and x.dtype == torch.float32
-    return not home or weight.shape[1] <= 192 or (gelu is not None and x[..., 0].numel() >= 2048)  # both measured
+    return not home or weight.shape[1] <= 192 or (gelu is not None and x.numel() >= 2048 * x.shape[-1])  # both measured
 
 
 if _ONEDNN is not None:
