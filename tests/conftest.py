@@ -1,6 +1,7 @@
 """What several floors' tests share: a run small enough for a second, and nets whose every part speaks."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,15 @@ import torch
 from manyscale.config import Augment, Input, Optim, Run, Schedule, SwinConfig
 
 torch.set_num_threads(1)  # `make test` has a process per core
+
+TESTS = Path(__file__).parent
+HOMES = {"distributed": "ranks", "crash": "crash", "badinput": "badinput"}  # marks whose tests all live in one folder
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m` and a mark that has a home the rest is not imported, which takes as long as many a test."""
+    home, inside = HOMES.get(config.option.markexpr), collection_path.relative_to(TESTS).parts
+    return True if home and inside and inside[0] != home else None
 
 
 def loud(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
