@@ -1,20 +1,18 @@
 """Attention inside windows with either similarity (Swin V1 section 3.2, V2 section 3.2), over all tokens, and of a query on tokens."""
 
 import math
-from math import prod
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from manyscale.layers.kept import Kept, can_keep
-from manyscale.layers.linear import Linear, watched
+from manyscale.layers.linear import Linear
 from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded
 from manyscale.ops.kernel import Tables, windowed
-from manyscale.ops.linear import is_quick, linear
+from manyscale.ops.linear import linear
 from manyscale.ops.windows import Layout, enter, leave
 
-TOKENS = 8192  # at a time, in evaluation on a CPU: from 4,096 on measured alike, a whole batch at once slower
 FOLDED = 128 * 2**20  # bytes of a block's bias with its mask, at most, to be kept
 
 
@@ -55,10 +53,6 @@ class WindowAttention(nn.Module):
             index, coordinates: what the position bias reads.
             tables: the layout as the kernels read it, for that path.
         """
-        at_once = max(1, TOKENS // prod(layout.grid))
-        if is_quick(x, self.qkv.weight) and x.shape[0] > at_once and not watched(*self.modules()):
-            # some pictures after others, so that little memory is gone through
-            return torch.cat([self.forward(part, layout, index, coordinates, tables) for part in x.split(at_once)])
         bias = self.qkv.bias if self.similarity == "dot" else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         scale = None
         if self.similarity == "cosine":  # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding

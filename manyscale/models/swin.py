@@ -7,6 +7,7 @@ Letters: B batch, grid = (h, w) or (t, h, w) tokens, C channels, D_i channels of
 """
 
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,18 @@ from manyscale.config import Preprocess, Setting, SwinConfig
 from manyscale.layers.attention import WindowAttention
 from manyscale.layers.block import Block, Mlp
 from manyscale.layers.kept import Kept, can_keep
+from manyscale.layers.linear import watched
 from manyscale.layers.patch import MaskToken, PatchEmbed, PatchMerge
 from manyscale.layers.position_bias import ContinuousBias, TableBias
 from manyscale.models.features import Features
 from manyscale.ops.attention import Path
 from manyscale.ops.images import resized
 from manyscale.ops.kernel import Tables, tables
+from manyscale.ops.linear import evaluated
 from manyscale.ops.positions import relative_coordinates, relative_index
 from manyscale.ops.windows import Layout, layout
+
+TOKENS = 8192  # at a time, in evaluation on a CPU
 
 
 class Stage(nn.Module):
@@ -61,6 +66,13 @@ class Stage(nn.Module):
         made = partial(self._places, grid, window, x.device, ordered)
         key = (grid, window, x.device, ordered, self.attention_path)
         layouts, *places, cuts = self.kept.get(key, made) if keep else made()
+        at_once = max(1, TOKENS // prod(grid))
+        if not evaluated(x) or len(x) <= at_once or watched(*self.modules()):
+            return self._through(x, layouts, places, cuts)
+        # some pictures after others, whose tokens stay in the cache from block to block
+        return torch.cat([self._through(part, layouts, places, cuts) for part in x.split(at_once)])
+
+    def _through(self, x: Tensor, layouts: tuple[Layout, ...], places: list[Tensor | None], cuts: tuple[Tables | None, ...]) -> Tensor:
         for i, block in enumerate(self.blocks):
             x = block(x, layouts[i % 2], *places, cuts[i % 2])
         return x

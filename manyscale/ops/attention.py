@@ -79,7 +79,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
     elif batch and q.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         # a picture at a time its windows are a batch of their own, and nothing need be copied
         run = partial(F.scaled_dot_product_attention, attn_mask=bias, dropout_p=dropout, scale=1.0 if scaled else None)
-        return torch.stack([run(*each) for each in zip(q, k, v, strict=True)])
+        # in the order torch computes them, which is the one the caller wants to see heads side by side in
+        return torch.stack([run(*each).transpose(1, 2) for each in zip(q, k, v, strict=True)]).transpose(2, 3)
     else:  # windows fold into heads, so that the mask is one copy for the whole batch
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, W·H, N, d)
         bias = bias.flatten(0, 1)[None]  # (1, W·H, N, N)

@@ -222,24 +222,25 @@ def test_attention_paths_agree(micro, fields):
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 30)])
 def test_a_batch_in_parts_is_the_whole(micro, size, monkeypatch):
-    """In evaluation on a CPU pictures attend some after others; with gradients all at once."""
+    """In evaluation on a CPU pictures go through a stage some after others; with gradients all at once."""
     model, x = micro(), images(*size, batch=5)
+    blocks = len(model.stages[0].blocks)
     whole = model(x)
     monkeypatch.setattr(
-        "manyscale.layers.attention.TOKENS", 2 * math.prod(-(-s // p) for s, p in zip(size, model.config.patches, strict=True))
+        "manyscale.models.swin.TOKENS", 2 * math.prod(-(-s // p) for s, p in zip(size, model.config.patches, strict=True))
     )
     seen = []
     monkeypatch.setattr("manyscale.layers.attention.enter", lambda x, layout: seen.append(len(x)) or enter(x, layout))
     with torch.no_grad():
         torch.testing.assert_close(model(x), whole)
-    assert seen[:3] == ([2, 2, 1] if torch.backends.mkldnn.is_available() else [5, 5, 5])
+    assert seen[: 3 * blocks] == [2] * 2 * blocks + [1] * blocks
 
 
 @pytest.mark.parametrize("part", ["attention.branch", "attention.branch.proj", "mlp.branch", "mlp.branch.fc1", "mlp.branch.act"])
 @torch.no_grad()
 def test_who_watches_sees_whole_batches_once(micro, part, monkeypatch):
     """As with gradients; and what a hook does to a result it does once."""
-    monkeypatch.setattr("manyscale.layers.attention.TOKENS", 1)
+    monkeypatch.setattr("manyscale.models.swin.TOKENS", 1)
     monkeypatch.setattr("manyscale.layers.block.ROWS", 1)
     model, x, found = micro(), images(32, 32, batch=3), []
     watched = model.stages[0].blocks[0].get_submodule(part)
