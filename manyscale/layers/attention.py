@@ -10,7 +10,8 @@ from manyscale.layers.kept import Kept, can_keep
 from manyscale.layers.linear import Linear
 from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded
 from manyscale.ops.kernel import Tables, windowed
-from manyscale.ops.linear import linear
+from manyscale.ops.linear import evaluated, linear
+from manyscale.ops.unit import unit_
 from manyscale.ops.windows import Layout, enter, leave
 
 FOLDED = 128 * 2**20  # bytes of a block's bias with its mask, at most, to be kept
@@ -66,10 +67,14 @@ class WindowAttention(nn.Module):
             out = windowed(qkv, tables, added, scale)  # (B, T, H, d)
             return self.proj_drop(self.proj(out.flatten(-2).unflatten(1, layout.grid)))
         qkv = linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
-        added, mask = self._added(layout, index, coordinates, v)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, W, N, 3, H, d)
         path, budget = self.attention_path, self.attention_budget
-        out = attend(q, k, v, added, mask, scale=scale, dropout=dropout, path=path, budget=budget)
+        normed = scale is not None and path != "sequential" and evaluated(qkv)
+        if normed:  # as they lie, where nobody needs them as they were
+            unit_(qkv[..., :2, :, :], torch.stack([scale, torch.ones_like(scale)])[..., 0])
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
+        added, mask = self._added(layout, index, coordinates, v)
+        out = attend(q, k, v, added, mask, scale=scale, normed=normed, dropout=dropout, path=path, budget=budget)
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
         return self.proj_drop(leave(self.proj(out), layout))  # in this order what attention keeps is what the projection keeps
 

@@ -24,6 +24,7 @@ def attend(
     mask: Tensor | None = None,
     *,
     scale: Tensor | None = None,
+    normed: bool = False,
     dropout: float = 0.0,
     path: Path = "auto",
     budget: int = BUDGET,
@@ -36,6 +37,7 @@ def attend(
         mask: (W, N, N) bool, True where the row may attend the column; at least one True a row. Masked logits are -inf:
             the official -100 can be outbid by cosine logits that span up to 216.
         scale: (H, 1, 1) float32 or wider: logits are scale cos(q, k); None: they are q k / sqrt(d).
+        normed: whether q and k have the lengths `scale` and 1 already (`unit_`); the path `sequential` gives them these itself.
         dropout: probability of dropping an attention weight.
         path: `reference` is plain; `fused` is torch's scaled_dot_product_attention; `sequential` works on one chunk after another,
             in either pass; `auto` is fused where the bias needs no gradient (with one, the fused kernels refuse or store its full
@@ -54,7 +56,7 @@ def attend(
         return sequential(q, k, v, bias, mask, scale, budget)
     if path == "auto":
         path = "reference" if bias is not None and bias.requires_grad and torch.is_grad_enabled() else "fused"
-    if scale is not None:
+    if scale is not None and not normed:
         q, k = unit(q, scale).to(v.dtype), unit(k).to(v.dtype)
     return {"reference": _reference, "fused": _fused}[path](q, k, v, bias, mask, scale is not None, dropout)
 

@@ -18,6 +18,12 @@ def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
     return x * (length / found.masked_fill(found < LEAST, torch.inf))
 
 
+def unit_(x: Tensor, length: Tensor | float = 1.0) -> None:
+    """`unit` in place, rounded once to the type of `x`: no gradient, and no memory."""
+    found = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x.mul_(length / found.masked_fill(found < LEAST, torch.inf))
+
+
 def unit_gradient(x: Tensor, grad: Tensor, length: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Back through `unit`: the gradient of its result -> that of `x`, and for each vector that of its length, (..., 1)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))

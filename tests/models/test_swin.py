@@ -226,9 +226,7 @@ def test_a_batch_in_parts_is_the_whole(micro, size, monkeypatch):
     model, x = micro(), images(*size, batch=5)
     blocks = len(model.stages[0].blocks)
     whole = model(x)
-    monkeypatch.setattr(
-        "manyscale.models.swin.TOKENS", 2 * math.prod(-(-s // p) for s, p in zip(size, model.config.patches, strict=True))
-    )
+    monkeypatch.setattr("manyscale.models.swin.TOKENS", 2 * math.prod(-(-s // p) for s, p in zip(size, model.config.patches, strict=True)))
     seen = []
     monkeypatch.setattr("manyscale.layers.attention.enter", lambda x, layout: seen.append(len(x)) or enter(x, layout))
     with torch.no_grad():

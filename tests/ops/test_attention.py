@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from manyscale.ops.attention import attend
 from manyscale.ops.sequential import LIVE, chunk_of
-from manyscale.ops.unit import unit, unit_gradient
+from manyscale.ops.unit import unit, unit_, unit_gradient
 from manyscale.ops.windows import layout
 
 pytestmark = pytest.mark.attention
@@ -268,6 +268,28 @@ def test_unit_is_finite_in_half_precision(dtype, size):
     assert result.isfinite().all() and (result.norm(dim=-1) <= 1.0001).all()
     if dtype == torch.bfloat16 or size > 1e-6:  # below, float16 has no number for the gradient
         assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_unit_in_place_is_unit_rounded_once(dtype):
+    x, length = torch.randn(4, 2, 3, 5).to(dtype), torch.rand(2, 3, 1)
+    x[0, 1, 2] = 0
+    expected = unit(x, length).to(dtype)
+    whole = torch.stack([x, x], dim=1)
+    unit_(whole[:, 0], length)  # of which half is as it was
+    torch.testing.assert_close(whole[:, 0], expected)
+    torch.testing.assert_close(whole[:, 1], x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference", "fused"])
+def test_what_is_normed_is_not_normed_again(path):
+    q, k, v, bias = inputs(layout(*CUTS["image"], shifted=False, mask_padding=False))
+    scale = torch.tensor([3.0, 20.0, 100.0], dtype=torch.float64).view(3, 1, 1)
+    expected = attend(q, k, v, bias, scale=scale, path="reference")
+    torch.testing.assert_close(attend(unit(q, scale), unit(k), v, bias, scale=scale, normed=True, path=path), expected)
+    # were they normed again, another length would change nothing
+    apart = attend(unit(q, 2 * scale), unit(k), v, bias, scale=scale, normed=True, path=path) - expected
+    assert apart.abs().max() > 1e-3
 
 
 def test_gradients_of_unit():
