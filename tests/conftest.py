@@ -37,6 +37,10 @@ def loud(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 @pytest.fixture
 def micro(tmp_path) -> Run:
+    return micro_run(tmp_path)
+
+
+def micro_run(folder: Path) -> Run:
     """A run on digits with everything on that could break a resume: augmentation, drop path, EMA, mixing, accumulation."""
     return Run(
         recipe="micro",
@@ -48,7 +52,7 @@ def micro(tmp_path) -> Run:
         batch=240,
         accumulate=2,
         precision="float32",
-        out=str(tmp_path / "run"),
+        out=str(folder / "run"),
         log_every=1,
     )
 

@@ -35,6 +35,13 @@ def train_all(runs: list[Run], draw: bool = False) -> list[dict[str, Any]]:
         return [train(run) for run in runs]
 
 
+def twenty_steps(run: Run) -> Run:
+    """Of a net of two blocks with drop path, mixing and a moving average, in 4 parts; an evaluation in the middle and one at the end."""
+    schedule = replace(run.schedule, length="20-steps", warmup="5-steps", evaluate_every="10-steps")
+    whole = replace(run, schedule=schedule, batch=32, accumulate=4)
+    return replace(whole, input=replace(run.input, held_out=50), model=replace(run.model, depths=(2,), heads=(2,)))
+
+
 def spread(run: Run, name: str, **how: Any) -> Run:
     return replace(run, out=f"{Path(run.out).parent}/{name}", parallel=Parallel(**({"timeout": 60.0} | how)))
 

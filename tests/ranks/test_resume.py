@@ -9,9 +9,9 @@ import torch
 
 from manyscale.train.checkpoint import checkpoints, load_checkpoint
 from tests.conftest import shorter
-from tests.ranks.jobs import losses, spread, train_all, train_some, train_with_other_data
+from tests.ranks.jobs import losses, spread, train_all, train_some, train_with_other_data, twenty_steps
 from tests.ranks.team import together
-from tests.ranks.test_parity import CLOSE, twenty_steps
+from tests.ranks.test_parity import CLOSE
 
 pytestmark = pytest.mark.distributed
 
@@ -29,14 +29,12 @@ def sittings(folder: Path, run, plan: list[tuple[int, int, str]]) -> None:
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_goes_on_where_another_stopped(micro, tmp_path):
-    run = twenty_steps(micro)
-    whole, pieces = spread(run, "whole"), spread(run, "pieces")
-    together(tmp_path / "1", 1, train_all, [whole])
+def test_any_number_of_ranks_goes_on_where_another_stopped(alone, micro, tmp_path):
+    pieces = spread(twenty_steps(micro), "pieces")
     sittings(tmp_path, pieces, [(2, 4, "zero3"), (1, 7, "ddp"), (2, 10, "zero1"), (2, 15, "zero2"), (4, 20, "hsdp")])
-    expected = losses(whole.out)
+    expected = losses(alone.out)
     assert losses(pieces.out) == pytest.approx(expected, rel=CLOSE) and len(expected) == 20
-    a, b = (load_checkpoint(Path(one.out), print)[0] for one in (whole, pieces))
+    a, b = (load_checkpoint(Path(one.out), print)[0] for one in (alone, pieces))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
