@@ -38,9 +38,9 @@ def test_all_ways_and_numbers_of_ranks_take_the_same_steps(alone, tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_is_close_on_ranks_too(micro, tmp_path):
-    """Weights are gathered in bfloat16, which autocast rounds them to anyway; sums of gradients are rounded in another order. Of two stages."""
+    """Weights are gathered in bfloat16, which autocast rounds them to anyway; sums of gradients are rounded in another order."""
     run = replace(shorter(twenty_steps(micro), length="6-steps", warmup="1-steps", evaluate_every="6-steps"), precision="bfloat16")
-    run = replace(run, model=replace(run.model, depths=(1, 1), heads=(2, 4)))
+    run = replace(run, model=replace(run.model, depths=(1, 1), heads=(2, 4)))  # two stages, as no other run of these has
     runs = [spread(run, "two_ddp"), spread(run, "two_zero3", shard="zero3")]
     together(tmp_path / "1", 1, train_all, [spread(run, "alone")])
     together(tmp_path / "2", 2, train_all, runs)
