@@ -12,6 +12,5 @@ import tests.ranks.jobs
 
 gc.freeze()  # else the first collection of every rank would write to, and so copy, all pages of these modules
 SERVER = os.getpid()
-atexit.register(
-    lambda: os._exit(0) if os.getpid() == SERVER else None
-)  # what is frozen lives to the end, and Triton would list it as leaked
+# it ends without finalisation: what is frozen lives to the end, and Triton would list it as leaked
+atexit.register(lambda: os._exit(0) if os.getpid() == SERVER else None)
