@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +10,25 @@ from tyro.conf import Positional
 
 from manyscale.cli.costing import cost
 from manyscale.cli.parsing import choose, parse, plain_table, show
-from manyscale.config import Memory, NetConfig, Optim, Setting, Size, SuperViTConfig, SwinConfig, ViTConfig, Windows, read_bytes
+from manyscale.config import (
+    Memory,
+    NetConfig,
+    Optim,
+    Run,
+    Setting,
+    Size,
+    SuperViTConfig,
+    SwinConfig,
+    ViTConfig,
+    Windows,
+    from_dict,
+    read_bytes,
+)
 from manyscale.config.checks import require
 from manyscale.config.memory import AttentionPath
 from manyscale.presets import list_models, model_config
-from manyscale.storage import write_json
+from manyscale.recipes import RECIPES
+from manyscale.storage import read_json, write_json
 
 
 def _count(
@@ -23,24 +38,25 @@ def _count(
     classes: int | None = None,
     setting: str = "",
 ) -> None:
-    """Parameters and multiply-adds by stage, and of a SuperViT the multiply-adds of all its settings.
+    """Parameters and multiply-adds by stage, of a SuperViT the multiply-adds of all its settings, and of a run its speed.
 
     Args:
-        model: a preset, such as swinv2_tiny, a pattern, such as "swinv2*", or a paper's name, such as G/14.
+        model: a preset, such as swinv2_tiny, a pattern, such as "swinv2*", a paper's name, such as G/14, a recipe, or a run's folder.
         image_size: pixels, where not the preset's.
         window: tokens, likewise.
         classes: of the head, likewise.
         setting: how it is run, such as 160/0.7 of a SuperViT, 192/window=12 of a Swin V2, 192 of a ViT; empty: at its own size, whole.
     """
     from manyscale.plan import count as counting
+    from manyscale.plan.runs import TRAINING, speed
 
     at = Setting.read(setting) if setting else None
 
     fields = {key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None}
-    for name in list_models(model) or [model]:
-        if image_size is not None and isinstance(model_config(name), SuperViTConfig):
+    for name, net in _nets(model).items():
+        if image_size is not None and isinstance(net, SuperViTConfig):
             raise ValueError(f"field `image_size`: {name} has several; give one with --setting {image_size}")
-        config = model_config(name, **fields)
+        config = replace(net, **fields)
         header, *rows = counting.table(counting.count(config, at))
         show(plain_table(header, rows, right=3, title=f"{name} at {at}" if at else name))
         if isinstance(config, SuperViTConfig) and not at:
@@ -52,6 +68,25 @@ def _count(
             parameters, flops = counting.as_table_2(config)
             print(f"as Table 2 of Scaling ViT counts (no pooling, no head, a multiply-add as two): {parameters:,} parameters, "
                   f"{flops / 1e9:.1f} GFLOPs\n")  # fmt: skip
+    if rate := speed(Path(model)):
+        flops = TRAINING * counting.count(config).macs * rate
+        print(f"trained at {rate:,.0f} images/s: {flops / 1e12:.3g} TFLOP/s, {TRAINING} FLOPs for each multiply-add of an image")
+
+
+def _nets(model: str) -> dict[str, NetConfig]:
+    """The nets that `plan count` is asked about, by name: of a recipe and a run's folder the one that is trained.
+
+    Raises:
+        ValueError: nothing has that name.
+    """
+    if names := list_models(model):
+        return {name: model_config(name) for name in names}
+    if model in RECIPES:
+        return {model: RECIPES[model]().model}
+    if Path(model).is_dir():
+        recipe = Path(model) / "recipe.json"
+        return {model: from_dict(Run, read_json(recipe), str(recipe)).model}
+    return {model: model_config(model)}
 
 
 def _laws(
@@ -88,26 +123,30 @@ def _laws(
     points = read_points(files, metric, flops_per_unit=per_unit)
     fit = laws.fit(points, frontier, bootstrap=bootstrap)
     pairs = zip(fit.frontier, fit.residuals, strict=True)
+    what, digits = ("loss", ".4g") if points[0].loss else ("error", ".2%")
     rows = [
-        (p.model or p.label, f"{p.images:.3g}" if p.images else "", f"{p.compute:.4g}", f"{p.error:.2%}", f"{r:+.2%}") for p, r in pairs
+        (p.model or p.label, f"{p.images:.3g}" if p.images else "", f"{p.compute:.4g}", f"{p.error:{digits}}", f"{r:+{digits}}")
+        for p, r in pairs
     ]
     show(
         plain_table(
-            ("model", "images", unit, "error", "over the law"),
+            ("model", "images", unit, what, "over the law"),
             rows,
             right=1,
             title=f"{len(fit.frontier)} of {len(points)} runs ({frontier})",
         )
     )
-    print(f"\n{fit.law}   C in {unit}, rmse {100 * fit.rmse:.2f} points")
+    print(f"\n{fit.law}   C in {unit}, rmse {fit.rmse:{digits}}")
     spreads = {name: fit.spread(name) for name in "abcd"} if fit.resampled else {}
     if spreads:
         print("95 % of the resampled laws: " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in spreads.items()))
     advice = None if budget is None else advise(fit, budget, per_unit)
     if advice:
-        band = " [{:.1%}, {:.1%}]".format(*advice.band) if advice.band else ""
-        print(f"\n{budget:g} {unit}: error {advice.error:.1%}{band}")
+        band = " [{}]".format(", ".join(f"{bound:{digits}}" for bound in advice.band)) if advice.band else ""
+        print(f"\n{budget:g} {unit}: {what} {advice.error:{digits}}{band}")
         print(f"  train {advice.model} on {advice.images:.3g} images" if advice.model else "  the runs do not say which model they were")
+        if advice.larger > 1.5:
+            print(f"  the trend asks for {advice.larger:.2g} times as much an image, a larger net than the runs': train one, and fit again")
         if advice.extrapolated:
             print(f"  EXTRAPOLATED: {advice.extrapolated}; the band holds only if the law does")
     if out:
@@ -238,7 +277,7 @@ def _show_check(config: NetConfig, states: Any, shardings: Sequence[Any], optim:
 
 
 PLANS: dict[str, tuple[Callable[..., None], str]] = {
-    "count": (_count, "MODEL [--image-size ...] [--window ...] [--classes ...] [--setting ...]"),
+    "count": (_count, "MODEL|RECIPE|RUN [--image-size ...] [--window ...] [--classes ...] [--setting ...]"),
     "memory": (_memory, "MODEL [--image-size ...] [--window ...] [--batch ...] [--gpus 64] [--gpu-memory 40GB] [--ema]"),
     "cost": (cost, "RUN [--batch ...] [--latency 20ms | --gflops 2 | --throughput 500 | --accuracy 0.75] [--cascade]"),
     "laws": (_laws, "FILE|RUN ... [--metric ...] [--budget ...] [--out ...]"),

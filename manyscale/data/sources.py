@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -295,6 +296,17 @@ def find_folder(data: str) -> str:
         f"field `data`: no folder {data!r} here, no .tar, and no set of that name in {home} ($MANYSCALE_DATA); give the path of a folder "
         f"with one sub-folder per class, such as ./flowers, or the name of a set: {nearest(data, names)}"
     )
+
+
+def same_set(one: str, other: str) -> bool:
+    """Whether two names are of one set; one that is not there (a run's need not be, any more) is what it is called."""
+
+    def place(name: str) -> str:
+        with suppress(ValueError):
+            return name if name == DIGITS else find_folder(name)
+        return name
+
+    return place(one) == place(other)
 
 
 def _held_out(names: Sequence[str], labels: Sequence[int], fraction: float, seed: int, classes: tuple[str, ...]) -> np.ndarray:

@@ -56,10 +56,11 @@ def load(path: Path | str, *, allow_nonfinite: bool = False) -> Net:
     if path.is_dir():
         folder = path if (path / "config.json").exists() or not (path / "best").is_dir() else path / "best"
         if not (folder / "config.json").exists():
-            pickled = (
-                "; its .metadata is a pickle of torch.distributed.checkpoint and is not opened" if (path / ".metadata").exists() else ""
-            )
-            raise ValueError(f"{path}: no config.json here or in best/; give a folder that `train`, `convert` or `ms.save` wrote{pickled}")
+            below = sorted(str(best.parent) for best in path.glob("*/best") if (best / "config.json").exists())
+            more = f"; it holds {', '.join(below[:9])}: give one of these" if below else ""
+            if (path / ".metadata").exists():
+                more = "; its .metadata is a pickle of torch.distributed.checkpoint and is not opened"
+            raise ValueError(f"{path}: no config.json here or in best/; give a folder that `train`, `convert` or `ms.save` wrote{more}")
         card, path = read_json(folder / "config.json"), folder / "model.safetensors"
     elif path.suffix == ".safetensors":
         card = None

@@ -18,13 +18,15 @@ class Advice(NamedTuple):
     model: str  # empty where the runs do not say which model they were
     images: float
     extrapolated: str  # empty, or by how much the budget lies outside the runs
+    larger: float  # how many times as dear an image the trend asks for as the model, where that is the dearest there is; else 1
 
 
 def advise(fit: Fit, compute: float, flops_per_unit: float) -> Advice:
     """The expected error at a budget, and a model for it.
 
     The training cost of one image grows along the frontier as a power of compute; the model is the one whose cost is
-    nearest to that trend at the budget, of those in the runs and, where all of these are ViTs, of the presets.
+    nearest to that trend at the budget, of those in the runs and, where tables name all of these as the paper or the presets
+    do, of the paper's. A folder's runs are of sizes of their own: where the trend asks for more than all, `larger` says so.
 
     Raises:
         ValueError: a budget that is not positive.
@@ -34,14 +36,14 @@ def advise(fit: Fit, compute: float, flops_per_unit: float) -> Advice:
     low, high = fit.frontier[0].compute, fit.frontier[-1].compute
     outside = compute / high if compute > high else low / compute if compute < low else 0.0
     extrapolated = f"{outside:.3g} times {'above' if compute > high else 'below'} the frontier's runs" if outside else ""
-    model, images = _model(fit, compute, flops_per_unit)
-    return Advice(compute, float(fit.law.error(compute)), fit.band(compute), model, images, extrapolated)
+    model, images, larger = _model(fit, compute, flops_per_unit)
+    return Advice(compute, float(fit.law.error(compute)), fit.band(compute), model, images, extrapolated, larger)
 
 
-def _model(fit: Fit, compute: float, flops_per_unit: float) -> tuple[str, float]:
+def _model(fit: Fit, compute: float, flops_per_unit: float) -> tuple[str, float, float]:
     named = [point for point in fit.frontier if point.model and point.images]
     if not named:
-        return "", 0.0
+        return "", 0.0, 1.0
     # what an image cost in the run itself: the table may know better than the preset (resolution, token dropping)
     cost = {point.model: point.compute * flops_per_unit / point.images for point in named}
     candidates = dict(cost)
@@ -55,4 +57,5 @@ def _model(fit: Fit, compute: float, flops_per_unit: float) -> tuple[str, float]
     else:
         wanted = next(iter(cost.values()))
     name = min(candidates, key=lambda name: abs(np.log(candidates[name] / wanted)))
-    return name, compute * flops_per_unit / candidates[name]
+    larger = max(1.0, wanted / candidates[name]) if name == max(candidates, key=candidates.__getitem__) else 1.0
+    return name, compute * flops_per_unit / candidates[name], larger

@@ -25,6 +25,7 @@ class Point(NamedTuple):
     model: str = ""
     images: float = 0.0
     label: str = ""  # where it came from
+    loss: bool = False  # whether the error is a loss, which may exceed 1
 
 
 class Law(NamedTuple):
@@ -104,14 +105,21 @@ def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 20
         near: look from this law on only, quickly: for other draws of the same runs.
 
     Raises:
-        ValueError: points that cannot support a fit, with the reason.
+        ValueError: points that cannot support a fit, with the reason; fewer than no samples.
     """
+    if bootstrap < 0:
+        raise ValueError(f"field `bootstrap`: {bootstrap} must be at least 0, which draws no bands")
     check(points)
     front = frontier(points, mode)
     if len(front) < LEAST:
         raise ValueError(
             f"{len(front)} of {len(points)} runs are on the frontier ({mode}); a law of four numbers needs at least {LEAST}: "
-            "train more sizes and durations" + (", or take every run that is not dominated: --frontier all" if mode == "hull" else "")
+            "train more sizes and durations"
+            + (
+                ", or take every run that is not dominated: --frontier all"
+                if len(frontier(points, "all")) >= LEAST and mode == "hull"
+                else ""
+            )
         )
     law = _least_squares(front, [near], RESAMPLING) if near else _least_squares(front, _starts(front))
     smallest = min(point.error for point in front)
@@ -144,13 +152,15 @@ def check(points: Sequence[Point]) -> None:
     """See that points are such.
 
     Raises:
-        ValueError: negative or infinite compute, an error outside (0, 1].
+        ValueError: compute that is not positive and finite, an error outside (0, 1], a loss that is not positive and finite.
     """
     for place, point in enumerate(points, 1):
         name = point.label or f"point {place}"
         if not (np.isfinite(point.compute) and point.compute > 0):
             raise ValueError(f"{name}: a compute of {point.compute:g} is not positive; leave the row out or mend it")
-        if not 0 < point.error <= 1:
+        if point.loss and not (np.isfinite(point.error) and point.error > 0):
+            raise ValueError(f"{name}: a loss of {point.error:g} is not positive; leave the row out or mend it")
+        if not point.loss and not 0 < point.error <= 1:
             raise ValueError(f"{name}: an error of {point.error:g} is not in (0, 1]; give accuracies in per cent or as fractions")
 
 

@@ -19,34 +19,29 @@ def draw(points: Sequence[Point], fit: Fit, unit: str, path: Path, advice: Advic
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    axes.set(xscale="log", yscale="log", xlabel=f"compute, {unit}", ylabel="error, %", title=str(fit.law))
-    axes.plot([p.compute for p in points], [100 * p.error for p in points], "o", color=GREY, ms=3, label=f"{len(points)} runs")
+    scale, what = (1, "loss") if points[0].loss else (100, "error, %")
+    axes.set(xscale="log", yscale="log", xlabel=f"compute, {unit}", ylabel=what, title=str(fit.law))
+    axes.plot([p.compute for p in points], [scale * p.error for p in points], "o", color=GREY, ms=3, label=f"{len(points)} runs")
     last = max([p.compute for p in points] + ([advice.compute] if advice else []))
     compute = np.geomspace(min(p.compute for p in points), last, 100)
     if fit.resampled:
         low, high = np.quantile([law.error(compute) for law in fit.resampled], [0.025, 0.975], axis=0)
-        axes.fill_between(compute, 100 * low, 100 * high, color=LINE, alpha=0.18, lw=0, label="95 % of the resampled laws")
-    axes.plot(compute, 100 * fit.law.error(compute), color=LINE, lw=1.6)
-    axes.plot([p.compute for p in fit.frontier], [100 * p.error for p in fit.frontier], "o", color=LINE, ms=6, label="frontier")
+        axes.fill_between(compute, scale * low, scale * high, color=LINE, alpha=0.18, lw=0, label="95 % of the resampled laws")
+    axes.plot(compute, scale * fit.law.error(compute), color=LINE, lw=1.6)
+    axes.plot([p.compute for p in fit.frontier], [scale * p.error for p in fit.frontier], "o", color=LINE, ms=6, label="frontier")
     for point in fit.frontier:
-        axes.annotate(point.model, (point.compute, 100 * point.error), textcoords="offset points", xytext=(5, 5), fontsize=8, color=INK)
+        axes.annotate(point.model, (point.compute, scale * point.error), textcoords="offset points", xytext=(5, 5), fontsize=8, color=INK)
     if advice:
-        axes.plot([advice.compute], [100 * advice.error], "D", color="#c0392b", ms=7, label="the budget")
-    ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100) if 0.8 * _least(points) < tick < 1.2 * _most(points)]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.plot([advice.compute], [scale * advice.error], "D", color="#c0392b", ms=7, label="the budget")
+    low, high = scale * min(p.error for p in points), scale * max(p.error for p in points)
+    marks = [m * 10**e for e in range(-6, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+    ticks = [mark for mark in marks if 0.8 * low < mark < 1.2 * high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     write(path, lambda file: figure.savefig(file, dpi=110))
-
-
-def _least(points: Sequence[Point]) -> float:
-    return 100 * min(p.error for p in points)
-
-
-def _most(points: Sequence[Point]) -> float:
-    return 100 * max(p.error for p in points)
 
 
 def draw_costs(

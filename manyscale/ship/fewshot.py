@@ -1,7 +1,6 @@
 """What a saved model's features know of a set: few-shot linear regression on its pictures."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -9,7 +8,7 @@ import torch
 
 from manyscale.config import Input, Run
 from manyscale.data.loader import worker_count
-from manyscale.data.sources import DIGITS, find_folder, open_split
+from manyscale.data.sources import open_split, same_set
 from manyscale.data.transforms import preprocess_for
 from manyscale.models import load
 from manyscale.ship.evaluate import recipe_of
@@ -80,12 +79,6 @@ def probe(
 
 def _settings(run: Run | None, data: str) -> tuple[Input, int]:
     """How the set is read, and the seed that splits it."""
-    if run and (not data or _place(data) == _place(run.input.data)):
+    if run and (not data or same_set(data, run.input.data)):
         return replace(run.input, data=data or run.input.data, share=1.0, cache=False), run.seed
     return Input(data=data), 0
-
-
-def _place(data: str) -> str:
-    with suppress(ValueError):  # a run's set need not be there any more
-        return data if data == DIGITS else find_folder(data)
-    return data

@@ -184,17 +184,19 @@ class _Board:
 
     def begin(self, run: Run) -> None:
         if self.progress:
-            self.bars[run.folder] = self.progress.add_task(run.recipe, total=run.schedule.epochs, line="starting")
+            self.bars[run.folder] = self.progress.add_task(run.recipe, total=_epochs(run), line="starting")
 
     def show(self, run: Run) -> None:
-        """What the run's metrics say it is doing."""
-        file = Path(run.folder) / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
+        """What the run's metrics say it is doing; of branches those of the one at work."""
+        folder, epochs = Path(run.folder), _epochs(run)
+        files = sorted(folder.glob("*/metrics.jsonl" if run.schedule.branches else "metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+        lines = files[-1].read_text().splitlines() if files else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
         steps, evaluations = [r for r in records if "lr" in r], [r for r in records if "epoch" in r and "lr" not in r]
         if not steps:
             return
-        line = f"epoch {steps[-1]['epoch']:.1f} of {run.schedule.epochs}  loss {steps[-1]['loss']:.3f}"
+        line = f"{files[-1].parent.name}  " if run.schedule.branches else ""
+        line += f"epoch {steps[-1]['epoch']:.1f}{f' of {epochs}' if epochs else ''}  loss {steps[-1]['loss']:.3f}"
         line += f"  {_first_metric(evaluations[-1])}" if evaluations else ""
         self.lines[run.folder] = f"{run.recipe}  {line}"
         if self.progress:
@@ -211,6 +213,11 @@ class _Board:
             self.progress.remove_task(self.bars.pop(run.folder))
         said = f"{_first_metric(summary['best'])}  {summary['seconds']:.0f} s" if summary else f"diverged: {outcome.diverged}"
         self.console.print(f"  {run.recipe}  {said}", markup=False)
+
+
+def _epochs(run: Run) -> float | None:
+    """The run's length where it is counted in epochs."""
+    return None if run.schedule.length or run.schedule.branches else run.schedule.epochs
 
 
 def _first_metric(evaluation: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from manyscale.models import build
 from manyscale.plan.count import count
 from manyscale.studies.grid import run_grid
 from manyscale.studies.study import COLOURS, Section, Terms, Values, cell, compare, conclude, plain
-from manyscale.studies.vits import Upstream, decayed, describe_vit, shot, upstream, vit
+from manyscale.studies.vits import Upstream, decayed, describe_vit, shot, trained, upstream, vit
 
 POOLS = ("token", "gap", "map")
 DECAYS = (0.3, 40.0)  # exponents of the head's decay
@@ -36,7 +36,8 @@ def study(terms: Terms) -> dict[str, Any]:
         return [None if r is None else r["accuracy"] if metric == "upstream" else shot(r, 10) for r in records]
 
     found = {case: {metric: values(case, metric) for metric in ("upstream", "10-shot")} for case in cases}
-    parameters = {case: count(next(r for (c, _), r in zip(asked, runs, strict=True) if c == case).model).parameters for case in cases}
+    first = {case: run for (case, _), run in zip(reversed(asked), reversed(runs), strict=True)}
+    parameters = {case: count(trained(first[case], sets)).parameters for case in cases}
     findings = [
         compare(f"{metric}, head decay {decay:g}: {one} over {other}", found[one, False, decay][metric], found[other, False, decay][metric])
         for metric in ("upstream", "10-shot")
@@ -107,13 +108,15 @@ def measure_padding(*, quick: bool = False) -> dict[str, Any]:
     for _ in range(ROUNDS + 1):
         for tokens, net in nets.items():
             if on_gpu:
+                before = torch.cuda.memory_allocated()  # the weights of both nets
                 torch.cuda.reset_peak_memory_stats()
             begun = _now(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 net(images).float().square().mean().backward()
             times[tokens].append(_now(device) - begun)
             if on_gpu:
-                memory[tokens] = torch.cuda.max_memory_allocated()
+                memory[tokens] = torch.cuda.max_memory_allocated() - before
+            net.zero_grad()
     medians = {tokens: statistics.median(found[1:]) for tokens, found in times.items()}  # the first warms up
     result = {str(tokens): seconds for tokens, seconds in medians.items()}
     result |= {"time": medians[257] / medians[256], "rounds": ROUNDS}

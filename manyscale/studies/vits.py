@@ -4,9 +4,9 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from manyscale.config import Run, in_steps
+from manyscale.config import Run, ViTConfig, in_steps
 from manyscale.data.loader import steps_per_epoch
-from manyscale.data.sources import DIGITS, open_splits
+from manyscale.data.sources import DIGITS, open_splits, same_set
 from manyscale.recipes.vit_ladder import rung
 from manyscale.studies.study import Terms
 from manyscale.train.schedule import total_rate
@@ -24,8 +24,14 @@ class Upstream(NamedTuple):
 
 
 def upstream(terms: Terms) -> Upstream:
-    """The study's sets: `terms.data`, and for few shots CIFAR-10, or Tiny-ImageNet where that is learnt from."""
+    """The study's sets: `terms.data`, and for few shots CIFAR-10, or Tiny-ImageNet where that is learnt from.
+
+    Raises:
+        ValueError: both are one: few shots of classes that were learnt already say nothing of features.
+    """
     probe = terms.probe or ("tiny-imagenet" if terms.data == "cifar10" else "cifar10")
+    if same_set(probe, terms.data):
+        raise ValueError(f"field `probe`: {probe} is the set that is learnt from; give one of other classes")
     splits = open_splits(rung("w32", data=terms.data).input, 0)
     return Upstream(terms.data, probe, len(splits.train), len(splits.classes))
 
@@ -65,14 +71,23 @@ def shot(record: dict[str, Any], count: int) -> float | None:
     return next((value for name, value in record.items() if name.endswith(f" {count}shot")), None)
 
 
+def trained(run: Run, sets: Upstream) -> ViTConfig:
+    """The net that the run trains: a recipe's does not know yet how many classes the data has."""
+    assert isinstance(run.model, ViTConfig)
+    return replace(run.model, classes=sets.classes)
+
+
 def describe_vit(run: Run, sets: Upstream) -> str:
     """Net, data and optimiser in a few sentences."""
     optim, model = run.optim, run.model
+    overlap = ""
+    if {sets.data, sets.probe} == {"tiny-imagenet", "cifar10"}:
+        overlap = " (no class of one is called as one of the other, but both know cats, dogs, frogs and cars)"
     one = f"Width {model.width}, {model.depth} blocks, {run.schedule.length}. " if run.schedule.length else ""  # of several lengths none
     return (
         f"ViT, but for what is compared with {model.pool} pooling; patch {model.patch} at {model.size[0]} px, MLPs four times as wide. "
         f"{one}"
-        f"{sets.data}, {sets.pictures:,} pictures in {sets.classes} classes; few-shot on {sets.probe}, {run.fewshot.draws} draws, "
+        f"{sets.data}, {sets.pictures:,} pictures in {sets.classes} classes; few-shot on {sets.probe}{overlap}, {run.fewshot.draws} draws, "
         f"l2 {run.fewshot.l2:g}. "
         f"Sigmoid loss, {optim.method}, clip {optim.clip:g}, batch {run.batch}, crops of at least {run.augment.scale[0]:.0%} of the area"
         f"{', flips' if run.augment.flip else ''}, {run.precision}. Rate: rsqrt after a warm-up of {run.schedule.warmup}, the last "

@@ -7,7 +7,7 @@ Letters: M pictures to draw from, N drawn, T to be told, D features, C classes; 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 from manyscale.config import Input, Preprocess, Run
 from manyscale.config.checks import require
 from manyscale.data.loader import eval_batches, worker_count
-from manyscale.data.sources import Part, Source, open_split
+from manyscale.data.sources import Part, Source, open_split, same_set
 from manyscale.data.transforms import Transform, few_shot_transform
 from manyscale.models import Net
 from manyscale.ranks import ALONE, Ranks
@@ -391,15 +391,20 @@ def probes(run: Run) -> dict[str, FewShot]:
     """The evaluations that `run.fewshot` asks for, by the name of their set.
 
     Raises:
-        ValueError: a set that is not there, without labels, or with too few pictures.
+        ValueError: a set that is not there, without labels, or with too few pictures; two sets of one name.
     """
-    found = {}
+    found: dict[str, FewShot] = {}
     for name in run.fewshot.probe:
+        if Path(name).name in found:
+            raise ValueError(f"field `probe`: two sets are called {Path(name).name}, as their results would be; rename a folder")
         settings = Input(data=name, bad_files=run.input.bad_files, max_pixels=run.input.max_pixels, cache=run.input.cache)
-        train, classes, _ = open_split(settings, "train", 0)
+        seed = 0
+        if same_set(name, run.input.data):  # split as the run splits it, so that nothing is scored that it was trained on
+            settings, seed = replace(run.input, data=name, share=1.0, held_out=0), run.seed
+        train, classes, _ = open_split(settings, "train", seed)
         found[Path(name).name] = FewShot(
             train=train,
-            test=open_split(settings, "val", 0).source,
+            test=open_split(settings, "val", seed).source,
             classes=classes,
             shots=run.fewshot.shots,
             seeds=run.fewshot.draws,

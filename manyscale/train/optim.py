@@ -31,11 +31,17 @@ def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
     """The weight decay of every parameter by name: of the first rule that matches, of the head, of the body, or none.
 
     Raises:
-        ValueError: a rule that decides nothing, because it matches no name or earlier rules match them all.
+        ValueError: a rule that decides nothing, because it matches no name or earlier rules match them all; a decay of the head for a net
+            that has none.
     """
     rules = [(re.compile(pattern), decay, []) for pattern, decay in optim.decay_rules]
     found = {}
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())
+    if optim.head_decay is not None and not named.keys() & set(HEADS):
+        raise ValueError(
+            f"field `head_decay`: the net has no classifier ({' or '.join(HEADS)}) to decay by {optim.head_decay:g}; leave it out"
+        )
+    for name, parameter in named.items():
         rule = next((rule for rule in rules if rule[0].fullmatch(name)), None)
         if rule:
             rule[2].append(name)

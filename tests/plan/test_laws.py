@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyscale.config import Run, ViTConfig, to_dict
+from manyscale.cli import main
+from manyscale.config import Run, SuperViTConfig, ViTConfig, to_dict
 from manyscale.plan.budget import advise
 from manyscale.plan.count import count
 from manyscale.plan.laws import LEAST, Law, Point, fit, frontier
-from manyscale.plan.runs import read_points, training_flops
+from manyscale.plan.runs import read_points, speed, training_flops
 from manyscale.presets import model_config
 
 CORE_DAY = 24.6e12 * 86400  # a TPUv3 core at 40 %
@@ -129,6 +130,7 @@ def test_points_that_support_no_fit():
     refused([Point(c, 0.5 + 0.001 * c) for c in range(1, 20)], "1 of 19 runs")
     flat = [Point(10.0**k, 0.3 + 0.2 * 10.0 ** (-4 * k)) for k in range(6)]
     refused(flat, "irreducible error at its bound")
+    refused(known(law), "field `bootstrap`: -5 must be at least 0", bootstrap=-5)
     assert LEAST == 4
 
 
@@ -155,7 +157,12 @@ def test_points_that_are_none(point, message):
         ("model,steps,accuracy\nB/16,10,50\n", "", "row 2: `steps` without `batch`"),
         ("compute,accuracy\n1,fifty\n", "", "row 2: `accuracy` is 'fifty', not a number"),
         ("compute,accuracy\ninf,50\n", "", "row 2: `compute` is inf, not a finite number"),
-        ("compute,accuracy\n1,50\n2,60\n1,50\n", "", "row 4 is row 2 again; leave one out"),
+        ("compute,accuracy\n1,50\n2,60\n1,50\n", "", "row 4 is .*row 2 again; leave one out"),
+        ("model,images,accuracy\nB/16,-5,50\n", "", "row 2: `images` is -5, which must be positive"),
+        ("model,steps,batch,accuracy\nB/16,-10,-4096,50\n", "", "row 2: `steps` is -10, which must be positive"),
+        ("model,images,image_size,accuracy\nB/16,10,abc,50\n", "", "row 2: `image_size` is 'abc', not a number"),
+        ("model,images,imagesize,accuracy\nB/16,10,384,50\n", "", "column `imagesize`: did you mean `image_size`"),
+        ("compute,accuracy\n1,50\n,60\n", "", "row 3: no `compute`, and no `model` with `images`"),
         ("compute,accuracy\n1,50,7\n", "", "row 2: 2 columns are named, and not as many given"),
         ("", "", "no rows"),
     ],
@@ -180,7 +187,31 @@ def test_what_tables_may_say(tmp_path):
         read_points([str(tmp_path / "gone.csv")])
 
 
-def test_folders_of_runs(tmp_path):
+def test_a_run_given_twice_is_refused(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("compute,accuracy\n1,50\n")
+    with pytest.raises(ValueError, match=r"b.csv row 2 is .*a.csv row 2 again"):
+        read_points([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
+    with pytest.raises(ValueError, match=r"a.csv row 2 is .*a.csv row 2 again"):
+        read_points([str(tmp_path / "a.csv")] * 2)
+
+
+def test_losses_are_taken_as_they_are(tmp_path):
+    """They may exceed 1, in tables and in folders alike, and are no percentages."""
+    law = Law(2.0, 0.4, 1.5, 0.7)
+    rows = "".join(f"{p.compute},{p.error}\n" for p in known(law))
+    (tmp_path / "loss.csv").write_text("\ufeffcompute,val_loss\n" + rows)  # with the mark that spreadsheets write
+    points = read_points([str(tmp_path / "loss.csv")], "val_loss")
+    assert max(p.error for p in points) > 1 and fit(points, bootstrap=0).law.c == pytest.approx(1.5, rel=1e-3)
+    refused([points[0]._replace(error=-1.0)], "row 2: a loss of -1 is not positive")
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["plan", "laws", str(tmp_path / "loss.csv"), "--metric", "val_loss", "--budget", "1e6", "--out", str(tmp_path / "out")]
+        ) or sys.exit(0)
+    assert not end.value.code and (tmp_path / "out" / "laws.png").stat().st_size > 10_000
+
+
+def test_folders_of_runs(tmp_path, capsys):
     model = ViTConfig(image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64, classes=10)
     for place, accuracy in enumerate((0.5, 0.6)):
         folder = tmp_path / "runs" / str(place)
@@ -189,6 +220,11 @@ def test_folders_of_runs(tmp_path):
         (folder / "summary.json").write_text(json.dumps({"steps": 100 * (place + 1), "last": {"accuracy": accuracy, "step": 1}}))
     points = read_points([str(tmp_path / "runs")])
     assert [p.error for p in points] == [0.5, 0.4] and [p.images for p in points] == [3200, 6400]
+    assert speed(folder) == 0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "images_per_second": 100.0 * s}) + "\n" for s in (1, 2, 9)))
+    assert speed(folder) == 200
+    main(["plan", "count", str(folder)])
+    assert f"trained at 200 images/s: {training_flops(model, 200) / 1e12:.3g} TFLOP/s" in capsys.readouterr().out
     assert points[1].compute == training_flops(model, 6400) and points[1].model == "ViT 32 x 2, patch 8, 32 px"
     family = tmp_path / "family"  # a trunk with branches: the branches
     for name, steps in (("trunk", 150), ("100-steps", 100), ("200-steps", 200)):
@@ -200,6 +236,15 @@ def test_folders_of_runs(tmp_path):
     assert [p.images for p in read_points([str(tmp_path)])] == [3200, 6400, 3200, 6400]
     with pytest.raises(ValueError, match="no metric `acuracy`; did you mean `accuracy`"):
         read_points([str(tmp_path / "runs" / "0")], "acuracy")
+    with pytest.raises(ValueError, match=r"runs.0 is .*runs.0 again"):
+        read_points([str(tmp_path / "runs"), str(tmp_path / "runs" / "0")])
+    (folder / "summary.json").write_text(json.dumps({"last": {"accuracy": 0.5}}))
+    with pytest.raises(ValueError, match=r"summary.json: `steps` is None, not the number of steps"):
+        read_points([str(folder)])
+    (folder / "summary.json").write_text(json.dumps({"steps": 5, "last": {"accuracy": 0.5}}))
+    (folder / "recipe.json").write_text(json.dumps(to_dict(Run(recipe="many", model=SuperViTConfig(), task="supernet"))))
+    with pytest.raises(ValueError, match="a net of many settings, several of them in a step"):
+        read_points([str(folder)])
     with pytest.raises(ValueError, match="no run here or below"):
         (tmp_path / "empty").mkdir()
         read_points([str(tmp_path / "empty")])
@@ -215,6 +260,7 @@ def test_what_a_budget_buys(tmp_path):
     assert "times above" in above.extrapolated and "times below" in below.extrapolated and above.model == "e/14"
     with pytest.raises(ValueError, match="`budget`: -1 must be positive"):
         advise(found, -1.0, CORE_DAY)
+    assert inside.larger == 1 and above.larger > 1.5
     nameless = fit([p._replace(model="") for p in points])
     assert advise(nameless, 10.0, CORE_DAY).model == ""
 

@@ -139,6 +139,19 @@ def test_another_shape_a_truncated_file_and_pickled_arrays(tmp_path):
         ms.convert(tmp_path / "pickled.npz", source="big_vision", name="vit_base_patch16", **shape)
 
 
+def test_fixed_positions_stand_in_no_file():
+    """big_vision's nets have positions, and its files those that are learnt; so a file without a table means the others."""
+    shape = {"image_size": 32, "patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_width": 24}
+    model = loud(ms.create_model("vit_base_patch16", **shape, pool="gap", position="sincos2d", classes=5))
+    weights = ms.export_weights(model, "big_vision")
+    again = ms.convert(weights, source="big_vision", name="vit_base_patch16", **shape)
+    assert again.config.position == "sincos2d" and again.config == model.config
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+    with pytest.raises(ValueError, match="big_vision has no ViT with position=none"):
+        ms.export_weights(ms.create_model("vit_base_patch16", **shape, position="none"), "big_vision")
+
+
 def test_hints_and_refusals():
     model = loud(ms.create_model("vit_tiny_patch16", depth=1, classes=3, image_size=32))
     weights = ms.export_weights(model, "timm")

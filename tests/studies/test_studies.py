@@ -4,10 +4,13 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from manyscale.config import Run, Schedule, Setting, SimMIM, SwinConfig, to_dict
@@ -20,7 +23,7 @@ from manyscale.studies.bias_maps import bias_map, roughness
 from manyscale.studies.fate import VisibleMean, fate, fate_cell, guessed_accuracy, guessed_painting
 from manyscale.studies.grid import Outcome
 from manyscale.studies.study import begin, cell, compare, compare_ratio, describe, half_width, provenance, small
-from manyscale.studies.vits import vit
+from manyscale.studies.vits import trained, upstream, vit
 from manyscale.train.branches import train
 from manyscale.train.loop import Stopped
 from manyscale.train.schedule import total_rate
@@ -94,10 +97,33 @@ def quickly(monkeypatch, tmp_path):
     monkeypatch.setattr("manyscale.studies.supervit.QUICK", (1_000, 1_000))
     lengths = ("8k-images", "16k-images")
     monkeypatch.setattr("manyscale.studies.scaling.QUICK", {"w32": lengths, "w64": lengths, "w128": lengths[:1]})
+    probe = str(noise(tmp_path / "noise"))
     terms = Terms(
-        tmp_path / "study", data="digits", probe="digits", seeds=2, quick=True, console=Console(quiet=True), command="manyscale study"
+        tmp_path / "study", data="digits", probe=probe, seeds=2, quick=True, console=Console(quiet=True), command="manyscale study"
     )
     return terms, ran
+
+
+def noise(folder: Path) -> Path:
+    """A set of two classes that nothing tells apart, with 25 pictures of each to learn from."""
+    random = np.random.default_rng(0)
+    for split, pictures in (("train", 25), ("val", 10)):
+        for name in ("one", "other"):
+            (folder / split / name).mkdir(parents=True)
+            for place in range(pictures):
+                Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / split / name / f"{place}.png")
+    return folder
+
+
+def test_few_shots_are_of_other_pictures_than_the_training(tmp_path):
+    with pytest.raises(ValueError, match="field `probe`: digits is the set that is learnt from; give one of other classes"):
+        upstream(Terms(tmp_path, data="digits", probe="digits", seeds=1, quick=True, console=Console(quiet=True)))
+
+
+def test_nets_are_counted_with_the_classes_they_are_trained_on(tmp_path):
+    terms = Terms(tmp_path, data="digits", probe=str(noise(tmp_path / "noise")), seeds=1, quick=True, console=Console(quiet=True))
+    sets = upstream(terms)
+    assert trained(vit(terms, sets, "w32", length="10-steps"), sets).classes == 10
 
 
 LONG = {*STUDIES} - {"supervit", "amplitudes"}  # a quarter or half a minute each: `-m slow`

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from manyscale.config import Augment, Input, Optim, Probe, Run, Schedule, SimMIM, ViTConfig
+from manyscale.data.sources import open_splits
 from manyscale.heads.pixels import load_masked
 from manyscale.tasks.classify import LOSSES
 from manyscale.tasks.fewshot import probes
@@ -83,10 +84,23 @@ def test_too_few_pictures_are_found_before_training(vit, tmp_path):
     assert not (Path(vit.out) / "recipe.json").exists()
     with pytest.raises(ValueError, match="nowhere"):
         probes(replace(vit, fewshot=Probe(probe=(str(tmp_path / "nowhere"),))))
+    with pytest.raises(ValueError, match="field `probe`: two sets are called digits"):
+        probes(replace(vit, fewshot=Probe(probe=("digits", "digits"))))
+
+
+def test_a_probe_on_the_runs_own_set_is_split_as_the_run_splits_it(vit):
+    run = replace(vit, seed=3, input=replace(vit.input, holdout=0.3))
+    (found,) = probes(run).values()
+    trained = open_splits(run.input, run.seed).train
+    assert {found.train.name(i) for i in range(len(found.train))} == {trained.name(i) for i in range(len(trained))}
+    assert not {found.test.name(i) for i in range(len(found.test))} & {trained.name(i) for i in range(len(trained))}
 
 
 def test_a_vit_learns_without_labels_and_is_fine_tuned(vit, tmp_path):
-    pretrain = replace(vit, task="simmim", simmim=SimMIM(mask_unit=8, target_window=5), loss="softmax", out=str(tmp_path / "simmim"))
+    optim = replace(vit.optim, head_decay=None)
+    pretrain = replace(
+        vit, task="simmim", simmim=SimMIM(mask_unit=8, target_window=5), loss="softmax", optim=optim, out=str(tmp_path / "simmim")
+    )
     summary = train(pretrain)
     assert summary["last"]["l1"] > 0 and summary["last"]["digits 5shot"] > 0.1
     assert load_masked(tmp_path / "simmim" / "best").encoder.config.mask_token

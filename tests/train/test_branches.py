@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import manyscale as ms
 from manyscale.train import branches as module
 from manyscale.train import loop
 from manyscale.train.branches import train
@@ -58,6 +59,8 @@ def test_a_seeding_that_was_killed_is_done_again(micro, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             train(run)
     assert train(run)["branches"]["10-steps"]["steps"] == 10
+    with pytest.raises(ValueError, match=r"family: no config.json here or in best/; .* it holds .*family/10-steps.*: give one of these"):
+        ms.load(run.folder)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def test_a_vit_decays_kernels_only_and_its_head_on_its_own():
     assert found["pool.mlp.fc1.weight"] == 0.03 and found["pool.probe"] == found["position"] == found["mask_token.token"] == 0
     assert decays(model, Optim(weight_decay=0.03))["head.weight"] == 0.03
     assert decays(model, Optim(weight_decay=0.03, head_decay=0.0))["head.weight"] == 0.0
+    with pytest.raises(ValueError, match="field `head_decay`: the net has no classifier"):
+        decays(ms.create_model("vit_tiny_patch16", **{**VIT, "classes": 0}), Optim(weight_decay=0.03, head_decay=3.0))
 
 
 def test_the_first_rule_that_matches_decides():

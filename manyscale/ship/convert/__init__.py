@@ -50,7 +50,8 @@ def convert(
             None: the raw ones, but of a SuperViT's file with state_dict_ema that average, as their authors score them.
         allow_nonfinite: whether weights may be NaN or infinite.
         fields: of the configuration. `classes` follows from the file (0 where it has no head); 0 leaves its head out. So
-            do a ViT's pooling, pre-logits and positions; its GELU, epsilon and way to resize positions are the source's.
+            do a ViT's pooling, pre-logits and positions (a flax file without a table of them means sincos2d); its GELU, epsilon and
+            way to resize positions are the source's.
             Where a ViT becomes a SuperViT also `image_size`, the one of the file, if it is not the largest of `sizes`.
 
     Returns:
@@ -100,6 +101,9 @@ def export_weights(model: Net | MaskedImages, target: str) -> dict[str, Tensor]:
     timm, transformers and torchvision load the result strictly (torchvision with the buffers its files hold); the
     official code and mmpretrain load it as their own loaders do, without the buffers that they rebuild. What big_vision and
     vision_transformer read is a .npz: `numpy.savez(file, **{name: tensor.numpy() for name, tensor in weights.items()})`.
+
+    A ViT's GELU and epsilon stand in no file: who loads it must set them where they are not the target's own (big_vision: tanh
+    and 1e-6; timm: exact and 1e-6; transformers: `hidden_act` and `layer_norm_eps`).
 
     Raises:
         ValueError: an unknown target, or a model that it cannot hold: a mixture of V1 and V2, a video model, further

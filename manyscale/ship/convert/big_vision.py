@@ -62,7 +62,7 @@ def layout(config: ViTConfig, *, old: bool = False) -> Layout:
         ],
         dropped=(),
         enter=partial(enter, places=prod(config.grid)),
-        leave=partial(_leave, heads=config.heads, old=old),
+        leave=partial(_leave, config=config, old=old),
         leaf=_leaf,
         says=partial(deduce, names=NAMES),  # GELU, epsilon and the way to resize positions are the defaults
     )
@@ -147,9 +147,15 @@ def _as_flax(name: str, tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, -1)) if leaf == "bias" and module in ("query", "key", "value") else tensor
 
 
-def _leave(state: State, *, heads: int, old: bool) -> State:
-    """The inverse of `enter`, for one layout of theirs."""
-    tree = {name: _as_flax(name, tensor, heads) for name, tensor in state.items()}
+def _leave(state: State, *, config: ViTConfig, old: bool) -> State:
+    """The inverse of `enter`, for one layout of theirs.
+
+    Raises:
+        ValueError: a net without positions: a file without them means fixed ones.
+    """
+    if config.position == "none":
+        raise ValueError("big_vision has no ViT with position=none; keep it with manyscale.save and manyscale.load")
+    tree = {name: _as_flax(name, tensor, config.heads) for name, tensor in state.items()}
     tree = restore(tree, NAMES._replace(token_row=old))
     if not old:
         return {f"params/{name}": tensor for name, tensor in tree.items()}

@@ -33,7 +33,7 @@ def deduce(state: Mapping[str, Any], names: Names) -> dict[str, Any]:
     fields: dict[str, Any] = {"pool": "token" if names.token in state else "map" if names.probe in state else "gap"}
     fields["pre_logits"] = len(state[names.pre_logits]) if isinstance(state.get(names.pre_logits), Tensor) else 0
     if names.position not in state:
-        fields["position"] = "none"
+        fields["position"] = "sincos2d"  # flax's nets always have positions, and write those that are learnt
     return fields
 
 
