@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from manyscale.cli.parsing import plain_table, show
+from manyscale.storage import make_folder
 
 
 def cost(
@@ -79,7 +80,8 @@ def cost(
     tables = [planner.read(measured, size) for size in batches] if measured else []
     if not measured and (folder / "costs.json").exists():
         switch.check_model(folder / "costs.json", switch.read_costs(folder / "costs.json"), planner.mark)
-    planner.check(budget, cascade=cascade, tables=tables)
+    planner.check(budget, cascade=cascade, tables=tables, batches=batches, rounds=rounds)
+    make_folder(folder)  # where it cannot be made, before anything is measured
     for size in () if measured else batches:
         about = f", and asking them about the pictures of {planner.scored.name}" if planner.scored and not tables else ""
         print(f"measuring {len(planner.settings)} settings, {rounds} rounds at batch {size}{about}", file=sys.stderr, flush=True)

@@ -198,6 +198,7 @@ def _memory(
     from manyscale.plan import memory as planned
 
     limit = int(_bytes("gpu_memory", gpu_memory) * (1 - planned.FREE)) if gpu_memory else 0
+    require(not gpu_memory or limit >= 2**20, "gpu_memory", f"{gpu_memory} is {limit:,} bytes; give a unit, such as 40GB")
     fields = {key: value for key, value in {"image_size": image_size, "window": window, "classes": classes}.items() if value is not None}
     unmet = []
     require(not check or gpus > 1, "check", "there is nothing to share out on one GPU; give --gpus, such as 64")

@@ -23,6 +23,13 @@ class Setting:
     window: int | tuple[int, ...] | None = None  # of a Swin, for every stage or per stage; None: the one it was built with
 
     def __post_init__(self) -> None:
+        for name, kinds in (("size", int), ("keep", (int, float)), ("tokens", int), ("window", int)):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            fits = all(isinstance(number, kinds) and not isinstance(number, bool) for number in numbers)
+            optional = value is None and name in ("size", "window")
+            require(fits or optional, name, f"{value!r} must be {'whole ' if kinds is int else ''}numbers: one, or a tuple of several")
+        require(isinstance(self.tokens, tuple), "tokens", f"{self.tokens!r} must be a tuple, one number per dropping block")
         if self.size is not None:
             sizes = self.size if isinstance(self.size, tuple) else (self.size,) * 2
             require(len(sizes) == 2 and min(sizes) >= 1, "size", f"{self.size}: give one number >= 1 or (height, width)")
@@ -129,11 +136,14 @@ class SuperViTConfig:
         for size in self.sizes:
             self.grid_of(size)
         require(len(self.keeps) > 0 and all(0 < keep <= 1 for keep in self.keeps), "keeps", f"{self.keeps} must all be in (0, 1]")
+        require(len(set(self.keeps)) == len(self.keeps), "keeps", f"{self.keeps} names one share twice")
         rising = list(self.drop_blocks) == sorted(set(self.drop_blocks))
         inside = all(0 <= block < self.depth for block in self.drop_blocks)
         require(rising and inside, "drop_blocks", f"{self.drop_blocks} must rise and be blocks of 0 to {self.depth - 1}")
         require(self.stem == "patch" or self.patch % 2 == 0, "patch", f"{self.patch}: a conv stem halves the picture; give an even number")
         require(self.skip > 0 and math.isfinite(self.skip), "skip", f"{self.skip} must be positive; 1: plain residuals")
+        weighs = self.token_head is None or (math.isfinite(self.token_head) and self.token_head >= 0)
+        require(weighs, "token_head", f"{self.token_head} must be 0 or more, such as 0.5; None: no such head")
         require(self.norm_eps > 0, "norm_eps", f"{self.norm_eps} must be positive")
         require(0 <= self.drop_path < 1, "drop_path", f"{self.drop_path} must be in [0, 1)")
 
@@ -207,8 +217,9 @@ class SuperViTConfig:
             size: of the images, where the setting does not say.
 
         Raises:
-            ValueError: a size that patches do not divide, or that has no positions; a schedule that does not fit.
+            ValueError: a size that patches do not divide, or that has no positions; a schedule that does not fit; a window.
         """
+        require(setting.window is None, "window", f"{setting}: a SuperViT has no windows; give a size and what it keeps, such as 160/0.7")
         size = setting.size or size or self.size
         left = math.prod(self.grid_of(size))
         has = self.has_positions(size)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from manyscale.layers.kept import Kept, can_keep
-from manyscale.layers.linear import Linear
+from manyscale.layers.linear import project, project_with, watched
 from manyscale.ops.attention import BUDGET, Path, attend, first_row, folded
 from manyscale.ops.kernel import Tables, windowed
-from manyscale.ops.linear import evaluated, linear
+from manyscale.ops.linear import evaluated
 from manyscale.ops.unit import unit_
 from manyscale.ops.windows import Layout, enter, leave
 
@@ -29,14 +29,14 @@ class WindowAttention(nn.Module):
         self.heads, self.similarity, self.dropout = heads, similarity, dropout
         self.attention_path: Path = "auto"
         self.attention_budget = BUDGET
-        self.qkv = Linear(width, 3 * width, bias=similarity == "dot")
+        self.qkv = nn.Linear(width, 3 * width, bias=similarity == "dot")
         if similarity == "cosine":
             self.q_bias = nn.Parameter(torch.empty(width))
             self.v_bias = nn.Parameter(torch.empty(width))
             self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1))
         self.bias = bias
         self.kept = Kept()
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
         self.initialise()
 
@@ -54,7 +54,6 @@ class WindowAttention(nn.Module):
             index, coordinates: what the position bias reads.
             tables: the layout as the kernels read it, for that path.
         """
-        bias = self.qkv.bias if self.similarity == "dot" else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         scale = None
         if self.similarity == "cosine":  # float32 here: a half-precision exp(ln 100) is off by more than the logits' own rounding
             scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).clamp(max=math.log(100)).exp()
@@ -62,11 +61,11 @@ class WindowAttention(nn.Module):
         if tables is not None:
             if dropout:
                 raise ValueError("field `attention`: kernel keeps no attention weights that it could drop; give dropout 0 or another path")
-            qkv = linear(x, self.qkv.weight, bias).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, d)
+            qkv = self._qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, d)
             added, _ = self._added(layout, index, coordinates, qkv)
             out = windowed(qkv, tables, added, scale)  # (B, T, H, d)
-            return self.proj_drop(self.proj(out.flatten(-2).unflatten(1, layout.grid)))
-        qkv = linear(enter(x, layout), self.qkv.weight, bias)  # (B, W, N, 3C)
+            return self.proj_drop(project(self.proj, out.flatten(-2).unflatten(1, layout.grid)))
+        qkv = self._qkv(enter(x, layout))  # (B, W, N, 3C)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, W, N, 3, H, d)
         path, budget = self.attention_path, self.attention_budget
         normed = scale is not None and scale.dtype == qkv.dtype and path != "sequential" and evaluated(qkv)
@@ -76,7 +75,13 @@ class WindowAttention(nn.Module):
         added, mask = self._added(layout, index, coordinates, v)
         out = attend(q, k, v, added, mask, scale=scale, normed=normed, dropout=dropout, path=path, budget=budget)
         out = out.transpose(2, 3).flatten(-2)  # (B, W, N, C)
-        return self.proj_drop(leave(self.proj(out), layout))  # in this order what attention keeps is what the projection keeps
+        return self.proj_drop(leave(project(self.proj, out), layout))  # in this order what attention keeps is what the projection keeps
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 3C)"""
+        if self.similarity == "dot":
+            return project(self.qkv, x)
+        return project_with(self.qkv, x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
     def _added(self, layout: Layout, index: Tensor, coordinates: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The position bias (H, N, N), and the mask.
@@ -84,8 +89,8 @@ class WindowAttention(nn.Module):
         In evaluation the bias is computed once for each layout (the paper's "pre-computed and stored", section 3.3), in the type of `like`
         and with the mask laid into it where that is small enough to keep.
         """
-        parameters = tuple(self.bias.parameters())
-        if self.training or torch.is_grad_enabled() or not can_keep(like, parameters):
+        parts, parameters = tuple(self.bias.modules()), tuple(self.bias.parameters())
+        if self.training or torch.is_grad_enabled() or watched(*parts) or not can_keep(like, parameters):
             return self.bias(index, coordinates), layout.mask
 
         def made() -> tuple[Tensor, Tensor | None]:
@@ -95,7 +100,7 @@ class WindowAttention(nn.Module):
                 return bias, layout.mask
             return folded(bias, layout.mask), None
 
-        key = (layout[:4], like.dtype, like.device, torch.is_autocast_enabled(like.device.type), self.attention_path)
+        key = (layout[:4], like.dtype, like.device, torch.is_autocast_enabled(like.device.type), self.attention_path, *map(type, parts))
         return self.kept.get(key, made, parameters)
 
     def train(self, mode: bool = True) -> Self:
@@ -112,8 +117,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.attention_path: Path = "auto"
         self.attention_budget = BUDGET
-        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,12 +131,12 @@ class Attention(nn.Module):
         return self._attend(q, k, v), first_row(q, k)[:, 0].mean(dim=1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
+        q, k, v = project(self.qkv, x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v, path=self.attention_path, budget=self.attention_budget)
-        return self.proj_drop(self.proj(out[:, 0].transpose(1, 2).flatten(-2)))
+        return self.proj_drop(project(self.proj, out[:, 0].transpose(1, 2).flatten(-2)))
 
 
 class CrossAttention(nn.Module):
@@ -142,13 +147,13 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.attention_path: Path = "auto"
         self.attention_budget = BUDGET
-        self.q = Linear(width, width)
-        self.kv = Linear(width, 2 * width)
-        self.proj = Linear(width, width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, x: Tensor) -> Tensor:
         """Queries (B, M, C) on tokens (B, N, C) -> (B, M, C)"""
-        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)[:, None]  # (B, 1, H, M, d)
-        k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
+        q = project(self.q, queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)[:, None]  # (B, 1, H, M, d)
+        k, v = project(self.kv, x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
         out = attend(q, k, v, path=self.attention_path, budget=self.attention_budget)
-        return self.proj(out[:, 0].transpose(1, 2).flatten(-2))
+        return project(self.proj, out[:, 0].transpose(1, 2).flatten(-2))

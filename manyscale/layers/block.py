@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from manyscale.layers.linear import Linear, watched, with_gelu
+from manyscale.layers.linear import project, watched, with_gelu
 from manyscale.ops.linear import Gelu, evaluated
 
 Norm = Literal["pre", "post", "sandwich", "res-post"]
@@ -20,8 +20,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, *, gelu: Gelu = "exact") -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout)
         self.act = nn.GELU(approximate="none" if gelu == "exact" else "tanh")
 
@@ -33,7 +33,7 @@ class Mlp(nn.Module):
         return torch.cat([self._layers(part) for part in x.flatten(0, -2).split(ROWS)]).view(x.shape)
 
     def _layers(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(with_gelu(self.fc1, self.act, x))))
+        return self.drop(project(self.fc2, self.drop(with_gelu(self.fc1, self.act, x))))
 
 
 class Residual(nn.Module):

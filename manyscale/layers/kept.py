@@ -5,12 +5,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 LIMIT = 8  # values: a net that runs at many sizes in turns keeps those of the last few
 
 
+class _Steps:
+    """How many steps optimisers have taken, of any net: fused ones write weights without a trace."""
+
+    taken = 0
+
+    @classmethod
+    def count(cls, *_: Any) -> None:
+        cls.taken += 1
+
+
+register_optimizer_step_post_hook(_Steps.count)
+
+
 class Kept:
-    """Values by key, made of parameters, and forgotten when one of these is another or was written into.
+    """Values by key, made of parameters, and forgotten when one of these is another or was written into, or an optimiser has stepped.
 
     What `tensor.data.copy_()` writes has no trace in torch and is not seen here; `train()` and `eval()` of the layer call `forget`.
     """
@@ -20,11 +34,12 @@ class Kept:
 
     def get(self, key: Hashable, make: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> Any:
         """The value of `key`, made where it is not there, without gradient."""
-        now = [(p, p._version, p.data_ptr()) for p in parameters]
-        marks, values = self.held
+        now = [(p, p._version, p.data_ptr(), _Steps.taken) for p in parameters]
+        marks, values, _ = self.held
         if len(now) != len(marks) or any(new is not old or rest != before for (new, *rest), (old, *before) in zip(now, marks, strict=True)):
             values = {}
-            self.held = now, values
+            # the memory is held too: freed, its address could be that of what comes in its place
+            self.held = now, values, [p.detach() for p, *_ in now]
         if (value := values.get(key)) is None:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used in training later
                 value = make()
@@ -36,7 +51,7 @@ class Kept:
     def forget(self) -> None:
         """Drop all values."""
         # in one, for threads that share a net: no value stands beside marks of other parameters, nor goes while it is fetched
-        self.held: tuple[list[tuple[Tensor, int, int]], dict[Hashable, Any]] = [], {}
+        self.held: tuple[list[tuple[Tensor, int, int, int]], dict[Hashable, Any], list[Tensor]] = [], {}, []
 
 
 def can_keep(like: Tensor, parameters: Iterable[Tensor] = ()) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyscale.layers.linear import Linear
+from manyscale.layers.linear import project
 
 
 class PatchEmbed(nn.Module):
@@ -51,7 +51,7 @@ class PatchMerge(nn.Module):
 
     def __init__(self, width: int, norm: Literal["before", "after"]) -> None:
         super().__init__()
-        self.reduction = Linear(4 * width, 2 * width, bias=False)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
         self.norm_in = nn.LayerNorm(4 * width) if norm == "before" else nn.Identity()
         self.norm_out = nn.LayerNorm(2 * width) if norm == "after" else nn.Identity()
 
@@ -62,4 +62,4 @@ class PatchMerge(nn.Module):
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         # the official order of the four: down the column first
         x = torch.cat([x[..., a::2, b::2, :] for b in (0, 1) for a in (0, 1)], dim=-1)  # (B, [t,] h/2, w/2, 4C)
-        return self.norm_out(self.reduction(self.norm_in(x)))
+        return self.norm_out(project(self.reduction, self.norm_in(x)))

@@ -211,8 +211,6 @@ class SuperViT(nn.Module):
         config, setting = self.config, setting or Setting()
         if x.dim() != 4 or x.shape[1] != config.channels:
             raise ValueError(f"the model takes a batch of shape (B, {config.channels}, H, W), not {tuple(x.shape)}")
-        if setting.window is not None:
-            raise ValueError(f"field `window`: {setting} has windows; a SuperViT has none, give a size and a keep rate")
         size = setting.size or tuple(x.shape[2:])
         size = size if isinstance(size, tuple) else (size, size)
         keeps = dict(zip(config.drop_blocks, config.counts(setting, size), strict=True))

@@ -3,11 +3,12 @@
 Letters: B batch, W windows, H heads, N tokens of a window, d channels of a head.
 """
 
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from manyscale.config.memory import AttentionPath as Path
 from manyscale.ops.sequential import sequential
@@ -48,8 +49,10 @@ def attend(
         (B, W, H, N, d)
 
     Raises:
-        ValueError: sequential with dropout, or with a budget that one row exceeds.
+        ValueError: sequential with dropout, or with a budget that one row exceeds; a mask without a bias.
     """
+    if mask is not None and bias is None:
+        raise ValueError("a mask goes with a bias; give one of zeros")
     if path == "sequential":
         if dropout:
             raise ValueError("field `attention`: sequential keeps no attention weights that it could drop; give dropout 0 or another path")
@@ -80,14 +83,21 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
         bias = None if bias is None else bias[None]
     elif batch and q.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         # a picture at a time its windows are a batch of their own, and nothing need be copied
-        run = partial(F.scaled_dot_product_attention, attn_mask=bias, dropout_p=dropout, scale=1.0 if scaled else None)
+        each = [_torchs(*one, bias, scaled, dropout) for one in zip(q, k, v, strict=True)]
         # in the order torch computes them, which is the one the caller wants to see heads side by side in
-        return torch.stack([run(*each).transpose(1, 2) for each in zip(q, k, v, strict=True)]).transpose(2, 3)
+        return torch.stack([one.transpose(1, 2) for one in each]).transpose(2, 3)
     else:  # windows fold into heads, so that the mask is one copy for the whole batch
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, W·H, N, d)
         bias = bias.flatten(0, 1)[None]  # (1, W·H, N, N)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0 if scaled else None)
+    out = _torchs(q, k, v, bias, scaled, dropout)
     return out.reshape(batch, windows, heads, *out.shape[-2:])
+
+
+def _torchs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaled: bool, dropout: float) -> Tensor:
+    """torch's function, without cuDNN where a bias meets gradients: at 64 and 576 tokens those can be NaN (pytorch#196678)."""
+    guarded = bias is not None and q.device.type == "cuda" and torch.is_grad_enabled()
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if guarded else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0 if scaled else None)
 
 
 def folded(bias: Tensor, mask: Tensor) -> Tensor:

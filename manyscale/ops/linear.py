@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 Gelu = Literal["exact", "tanh"]
+PLAIN = (Tensor, Parameter)  # not their subclasses: one may be cut over ranks, quantised, or fake
 
 # What torch.compile's CPU graphs call: oneDNN's product, with bias and GELU in the same pass; weights as they lie. F.linear first copies
 # the bias to every row, and its GELU reads and writes all again.
@@ -46,7 +48,7 @@ def evaluated(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0  # no tangents: no_grad leaves these on
-        and all(tensor.is_cpu for tensor in tensors)
+        and all(type(tensor) in PLAIN and tensor.is_cpu for tensor in tensors)
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from manyscale.config import NetConfig, Setting, SuperViTConfig
+from manyscale.config.checks import require
 from manyscale.data.loader import Batch, eval_batches, worker_count
 from manyscale.data.transforms import eval_transform
 from manyscale.models import Net, load
@@ -211,16 +212,23 @@ class Planner:
         self.settings = self.settings or tuple(cell.setting for cell in costs.cells)
         return costs
 
-    def check(self, budget: Budget | None, *, cascade: bool, tables: Sequence[Costs] = ()) -> None:
+    def check(
+        self, budget: Budget | None, *, cascade: bool, tables: Sequence[Costs] = (), batches: Sequence[int] = (), rounds: int = 1
+    ) -> None:
         """See, before minutes are spent, that a budget can be answered.
 
         Args:
             tables: those that were read.
+            batches, rounds: what will be measured.
 
         Raises:
-            ValueError: fewer GFLOPs than the cheapest setting's; accuracy asked for, and no labels to know it by; a cascade asked
-                for by tables whose accuracies are of other pictures.
+            ValueError: a batch or rounds of none; a net that no picture can be prepared for; fewer GFLOPs than the cheapest setting's;
+                accuracy asked for, and no labels to know it by; a cascade asked for by tables whose accuracies are of other pictures.
         """
+        for name, value in (*(("batch", batch) for batch in batches), ("rounds", rounds)):
+            require(value >= 1, name, f"{value} must be at least 1")
+        if self.scored:
+            prepared(self.model, self.settings)
         if not self.scored and (cascade or (budget and budget.kind == "accuracy")):
             raise ValueError("field `data`: no labels to calibrate with, and no recipe.json that names the model's data; give --data")
         for table in tables if cascade else ():

@@ -111,13 +111,13 @@ def export(
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
     """A folder is there; one that was made for what then failed is not."""
-    there = folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        if not there:
-            folder.rmdir()
+        for each in made:
+            each.rmdir()
         raise
 
 

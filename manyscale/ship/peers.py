@@ -40,18 +40,25 @@ def peer(name: str, model: Net) -> nn.Module:
     """
     if name not in PEERS:
         raise ValueError(f"field `against`: unknown package `{name}`; {nearest(name, PEERS)}")
-    net = to_vit(model) if isinstance(model.config, SuperViTConfig) else model
     try:
+        net = to_vit(model) if isinstance(model.config, SuperViTConfig) else model
+        if isinstance(net.config, SwinConfig) and net.config.padding == "mask" and _padded(net.config):
+            size = net.config.patches[-1] * 2 ** (len(net.config.depths) - 1) * max(map(max, net.config.windows))
+            raise NoSuchNet(f"it attends padding, this net masks it; give an image size that windows fill, such as {size}")
         built = PEERS[name](net.config)
+        weights = export_weights(net, name)
     except ImportError as error:
         raise ValueError(f"field `against`: {name} is not installed: pip install manyscale[peers] ({error})") from None
-    inner = built.model if isinstance(built, Logits) else built
-    try:
-        weights = export_weights(net, name)
-    except ValueError as error:
+    except (ValueError, RuntimeError, AssertionError) as error:  # what a package says of sizes it does not take
         raise NoSuchNet(str(error)) from None
+    inner = built.model if isinstance(built, Logits) else built
     inner.load_state_dict(weights, strict=True)
     return built.eval()
+
+
+def _padded(config: SwinConfig) -> bool:
+    """Whether windows do not fill some stage's grid at the net's image size."""
+    return any(g % w for grid, window in zip(config.grids, config.windows, strict=True) for g, w in zip(grid, window, strict=True))
 
 
 def _timm(config: NetConfig) -> nn.Module:

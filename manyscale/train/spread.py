@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from manyscale.config import Parallel
+from manyscale.models.supervit import SizedBatchNorm
 from manyscale.ranks import ALONE, Ranks
 from manyscale.train.shard import blocks
 
@@ -77,7 +78,7 @@ class Spread:
         if not self.sharded:
             for one in filter(None, (net, average)):
                 one.to(self.device)
-            if self.exact and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+            if self.exact and any(isinstance(module, (nn.modules.batchnorm._BatchNorm, SizedBatchNorm)) for module in net.modules()):
                 raise ValueError("field `elastic`: batch norms look at the pictures of one rank; a net with them cannot be exact")
             if self.many and not self.exact:
                 devices = [self.device] if self.device.type == "cuda" else None

@@ -138,7 +138,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"field `device`: {name!r} cannot be used here: {str(error).splitlines()[0]}; try cpu") from None
+        raise ValueError(f"field `device`: {name!r} cannot be used here: {str(error).splitlines()[0][:150]}; try cpu") from None
+    if device.type == "meta" or (device.type == "cpu" and device.index):
+        raise ValueError(f"field `device`: {name!r} computes nothing; give cpu, or an accelerator such as cuda:0")
     return device
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured
 
 from manyscale.config import Setting, SwinConfig
 from manyscale.layers.kept import LIMIT, Kept
@@ -69,6 +71,7 @@ def test_kept_biases_change_nothing(padding, similarity):
 
 WAYS = {
     "optimiser": lambda p: torch.optim.SGD([p], lr=1.0).step(),
+    "fused optimiser": lambda p: torch.optim.AdamW([p], lr=1.0, fused=True).step(),  # raises no version
     "in place": lambda p: p.add_(1),
     "data": lambda p: setattr(p, "data", p.data + 1),
     "loaded": None,
@@ -97,6 +100,40 @@ def test_a_bias_follows_its_weights(model, way):
         WAYS[way](layer.weight)
     after = model(IMAGES)
     assert not torch.equal(before, after) and torch.equal(after, fresh(model))
+
+
+@torch.no_grad()
+def test_memory_that_was_freed_and_given_out_again_is_no_excuse(model):
+    layer = model.stages[0].blocks[1].attention.branch.bias.fc2
+    for _ in range(10):
+        before = model(IMAGES)
+        layer.weight.data = layer.weight + 1
+        layer.weight.data = -layer.weight
+        after = model(IMAGES)
+        assert not torch.equal(before, after) and torch.equal(after, fresh(model))
+
+
+@torch.no_grad()
+def test_a_bias_that_hooks_change_is_not_kept(model):
+    before = model(IMAGES)
+    for module in model.modules():
+        if isinstance(module, ContinuousBias):
+            l1_unstructured(module.fc2, "weight", 0.5)
+    after = model(IMAGES)
+    assert not torch.equal(before, after)
+    with torch.enable_grad():
+        torch.testing.assert_close(after, model(IMAGES).detach(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_bias_of_another_kind_is_another(model):
+    model(IMAGES)
+    for module in model.modules():
+        if isinstance(module, ContinuousBias):
+            register_parametrization(module.fc2, "weight", torch.nn.Tanh())
+    after = model(IMAGES)
+    with torch.enable_grad():
+        torch.testing.assert_close(after, model(IMAGES).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_where_a_gradient_is_wanted_nothing_is_kept(model, calls):

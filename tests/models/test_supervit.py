@@ -15,6 +15,7 @@ from manyscale.config import Setting, SuperViTConfig, ViTConfig
 from manyscale.models import SuperViT, build, compile_settings, recalibrated
 from manyscale.models.kin import to_supervit, to_vit
 from manyscale.ops.images import resized
+from manyscale.plan.count import count
 from manyscale.presets import model_config
 from tests.conftest import loud
 from tests.models.supervit_reference import COUNTS, run
@@ -346,6 +347,14 @@ def test_swin_at_a_setting_is_the_swin_transferred():
         ({"window": 0}, "window.*at least 1"),
         ({"window": 4, "keep": 0.5}, "window.*drops no tokens"),
         ({"window": 4, "tokens": (4, 3)}, "window.*drops no tokens"),
+        ({"size": "160"}, "field `size`: '160' must be whole numbers"),
+        ({"size": [160, 160]}, "field `size`: .160, 160. must be whole numbers: one, or a tuple"),
+        ({"size": 160.0}, "field `size`: 160.0 must be whole numbers"),
+        ({"keep": None}, "field `keep`: None must be numbers"),
+        ({"keep": True}, "field `keep`: True must be numbers"),
+        ({"tokens": (10.5, 3)}, r"field `tokens`: \(10.5, 3\) must be whole"),
+        ({"tokens": [5, 4]}, "field `tokens`: .5, 4. must be whole numbers: one, or a tuple"),
+        ({"tokens": 5}, "field `tokens`: 5 must be a tuple"),
     ],
 )
 def test_settings_that_are_refused(fields, message):
@@ -362,16 +371,19 @@ def test_settings_that_are_refused(fields, message):
         (Setting(keep=(0.5, 0.5)), "one number per dropping block, 3"),
         (Setting(tokens=(9, 9)), "one number per dropping block, 3"),
         (Setting(size=16, tokens=(17, 9, 9)), "block 1 has 16 patches, it cannot keep 17"),
-        (Setting(window=4), "a SuperViT has none"),
+        (Setting(window=4), "a SuperViT has no windows"),
     ],
 )
 def test_settings_that_do_not_fit_the_net(setting, message):
     with pytest.raises(ValueError, match=message):
         build(DEIT)(IMAGES.float(), setting)
+    with pytest.raises(ValueError, match=message):  # and so says who only counts
+        count(DEIT, setting)
 
 
 @pytest.mark.parametrize("fields", [{"sizes": ()}, {"sizes": (16, (16, 16))}, {"sizes": (18,)}, {"keeps": (0.0,)}, {"drop_blocks": (5,)},
-                                    {"drop_blocks": (2, 1)}, {"heads": 5}, {"skip": 0.0}, {"patch": 0}, {"registers": -1}])  # fmt: skip
+                                    {"drop_blocks": (2, 1)}, {"heads": 5}, {"skip": 0.0}, {"patch": 0}, {"registers": -1},
+                                    {"keeps": (0.5, 0.5, 1.0)}, {"token_head": math.nan}, {"token_head": -1.0}])  # fmt: skip
 def test_nets_that_are_refused(fields):
     with pytest.raises(ValueError, match=f"field `{next(iter(fields))}`|field `size`"):
         replace(DEIT, **fields)

@@ -1,9 +1,13 @@
 """Every attention path computes one function, in every precision, and a masked token never speaks."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from manyscale.ops.attention import attend
 from manyscale.ops.sequential import LIVE, chunk_of
@@ -153,6 +157,30 @@ def test_auto_fuses_where_the_bias_needs_no_gradient(monkeypatch):
     with torch.no_grad():
         attend(*tensors)
     assert taken == ["fused", "reference", "fused"]
+
+
+def test_a_mask_goes_with_a_bias():
+    cut = layout((4, 4), (2, 2), shifted=True, mask_padding=True)
+    q, k, v, _ = inputs(cut)
+    with pytest.raises(ValueError, match="a mask goes with a bias"):
+        attend(q, k, v, None, cut.mask)
+
+
+def test_cudnn_gives_no_gradients_of_biased_attention(monkeypatch):
+    """They can be NaN at 64 and 576 tokens (pytorch#196678). Fake tensors know the device, no GPU need be there."""
+    named = []
+    monkeypatch.setattr("manyscale.ops.attention.sdpa_kernel", lambda kernels: named.append(kernels) or nullcontext())
+    monkeypatch.setattr("manyscale.ops.attention.F.scaled_dot_product_attention", lambda q, *_, **__: q)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 2, 64, 32, device="cuda", requires_grad=True)
+        bias = torch.empty(2, 64, 64, device="cuda")
+        attend(q, q, q, bias, path="fused")
+        assert named == [[SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]]
+        with torch.no_grad():
+            attend(q, q, q, bias, path="fused")
+        attend(q, q, q, path="fused")
+        attend(*[torch.empty(1, 4, 2, 64, 32)] * 3, torch.empty(2, 64, 64), path="fused")
+    assert len(named) == 1
 
 
 # --- One chunk after another ---------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import manyscale.ops.linear as ops
+from manyscale.config import SwinConfig
 from manyscale.layers.block import ROWS, Mlp
+from manyscale.models import build
 from manyscale.ops.linear import is_quick, linear
+from tests.conftest import loud
 
 quick_only = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -88,6 +91,36 @@ def test_who_counts_or_watches_sees_all():
             assert not is_quick(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_quick(x) and mlp(x).dtype == torch.bfloat16
+
+
+class Other(torch.Tensor):
+    """As tensors that are cut over ranks, or quantised, are."""
+
+
+@torch.no_grad()
+def test_tensors_of_other_kinds_go_torchs_own_way():
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    assert is_quick(x, nn.Parameter(weight)) == torch.backends.mkldnn.is_available()
+    assert not is_quick(x, weight.as_subclass(Other)) and not is_quick(x.as_subclass(Other), weight)
+    assert type(linear(x, weight.as_subclass(Other))) is Other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_what_takes_the_place_of_a_layer_is_asked(similarity):
+    """An adapter in the place of attention's first layer, as LoRA puts one there; and a hook on it."""
+    config = SwinConfig(image_size=16, patch=4, window=4, width=8, depths=(1,), heads=(2,), classes=3, similarity=similarity)
+    model, images = loud(build(config)).eval(), torch.randn(2, 3, 16, 16)
+    before, attention, seen = model(images), model.stages[0].blocks[0].attention.branch, []
+    handle = attention.qkv.register_forward_hook(lambda layer, given, found: seen.append(found))
+    torch.testing.assert_close(model(images), before)
+    assert len(seen) == 1
+    handle.remove()
+    attention.qkv = nn.Sequential(attention.qkv, nn.Linear(24, 24, bias=False))
+    nn.init.eye_(attention.qkv[1].weight)
+    torch.testing.assert_close(model(images), before)
+    attention.qkv[1].weight.mul_(2)
+    assert not torch.allclose(model(images), before, rtol=1e-3)
 
 
 @torch.no_grad()

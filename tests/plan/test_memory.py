@@ -156,6 +156,7 @@ def test_what_the_verb_says(arguments, said, capsys):
     ("arguments", "said"),
     [
         (["--gpu-memory", "0"], "field `gpu_memory`: '0' is no number of bytes; write 64MiB or 40GB"),
+        (["--gpu-memory", "40"], "field `gpu_memory`: 40 is 36 bytes; give a unit, such as 40GB"),
         (["--gpu-memory", "much"], "field `gpu_memory`: 'much' is no number of bytes"),
         (
             ["--gpu-memory", "100MB"],

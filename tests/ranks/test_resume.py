@@ -82,8 +82,8 @@ def test_ranks_with_other_data_say_so(micro, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["simmim", "supernet"])
-def test_other_tasks_are_shared_too(task, micro, tmp_path):
+@pytest.mark.parametrize(("task", "shard"), [("simmim", "zero3"), ("supernet", "zero3"), ("supernet", "ddp")])
+def test_other_tasks_are_shared_too(task, shard, micro, tmp_path):
     """SimMIM, whose masks are drawn by the part, and a net of many settings, of which a pass leaves parameters untouched; with probes."""
     run = twenty_steps(micro)
     if task == "simmim":
@@ -92,7 +92,7 @@ def test_other_tasks_are_shared_too(task, micro, tmp_path):
     else:
         run = replace(run, task="supernet", supernet=replace(run.supernet, settings=("16/window=4", "32/window=8")))
     run = shorter(run, length="8-steps", warmup="2-steps", evaluate_every="4-steps")
-    alone, two = spread(run, "alone"), spread(run, "two", shard="zero3")
+    alone, two = spread(run, "alone"), spread(run, "two", shard=shard)
     (summary,) = together(tmp_path / "1", 1, train_all, [alone])
     for (found,) in together(tmp_path / "2", 2, train_all, [two], True):
         assert found["last"] == pytest.approx(summary[0]["last"], rel=1e-4, abs=1e-2)

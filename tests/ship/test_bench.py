@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,10 @@ def test_what_is_refused(monkeypatch, capsys):
     with pytest.raises(ValueError, match="field `against`: none of torchvision has this net"):
         bench("tiny", VIT, ("torchvision",), batch=1, device=CPU, report=said.append)
     assert said == ["left out torchvision: torchvision's ViT has another layout of weights"]
+    said.clear()  # a size that windows do not fill: peers attend the padding
+    with pytest.raises(ValueError, match="field `against`: none of torchvision has this net"):
+        bench("tiny", replace(V2, image_size=V2.image_size + 4), ("torchvision",), batch=1, device=CPU, report=said.append)
+    assert said == ["left out torchvision: it attends padding, this net masks it; give an image size that windows fill, such as 32"]
     for field in ("batch", "rounds"):
         with pytest.raises(ValueError, match=f"field `{field}`: 0 must be at least 1"):
             bench("tiny", V2, ("torchvision",), device=CPU, **{"batch": 1, "rounds": 1, field: 0})
@@ -130,6 +135,9 @@ def test_what_is_refused(monkeypatch, capsys):
         (["swinv2_tinny"], "did you mean `swinv2_tiny`"),
         (["swinv2_tiny", "--against", "jax"], "unknown package `jax`"),
         (["swinv2_tiny", "--device", "cuda:7"], "field `device`: 'cuda:7' cannot be used here"),
+        (["swinv2_tiny", "--device", "meta"], "field `device`: 'meta' computes nothing; give cpu"),
+        (["swinv2_tiny", "--device", "cpu:9"], "field `device`: 'cpu:9' computes nothing; give cpu"),
+        (["supervit_lvvit_small", "--against", "timm"], "none of timm has this net"),
         (["swinv2_tiny", "--setting", "160/0.7"], "field `setting`: swinv2_tiny has no settings"),
         (["swinv2_tiny", "--threads", "-1"], "field `threads`: -1"),
     ],

@@ -215,6 +215,8 @@ def test_predict_and_eval_at_a_setting_and_through_a_cascade(run, capsys):
         (["--settings", "small"], "setting 'small': write size/keep"),
         (["--batch", "0"], "field `batch`: 0 must be at least 1"),
         (["--batch"], "field `batch`: give at least one"),
+        (["--batch", "2", "0"], "field `batch`: 0 must be at least 1"),
+        (["--settings", "8/window=2"], "a SuperViT has no windows"),
         (["--rounds", "0"], "field `rounds`: 0 must be at least 1"),
         (["--data", "/no/such/place"], "no folder '/no/such/place'"),
         (["--split", "tset"], "has no split `tset`"),
@@ -227,6 +229,17 @@ def test_wrong_words_are_explained(run, capsys, arguments, words):
     given = [] if "--rounds" in arguments else ["--rounds", "1"]
     device = [] if "--device" in arguments else ["--device", "cpu"]
     assert words in refused(capsys, "plan", "cost", run, "--workers", "0", *given, *device, *arguments)
+
+
+def test_what_cannot_be_written_or_judged_is_said_before_anything_is_measured(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("manyscale.ship.costs.measure", None)
+    (tmp_path / "file").touch()
+    refused(capsys, "plan", "cost", run, *QUICK, "--out", tmp_path / "file" / "below")
+    model = ms.load(run)
+    model.preprocess = None
+    ms.save(model, tmp_path / "bare")
+    words = refused(capsys, "plan", "cost", tmp_path / "bare", *QUICK, "--data", "digits")
+    assert "does not know how its pictures are prepared" in words
 
 
 def test_labels_that_are_missing(run, capsys, tmp_path):

@@ -162,7 +162,7 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in first.folder.iterdir()} == kept
     monkeypatch.setattr(exporting, "write_engine", lambda *given, **named: (given[2] / "half").touch() or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(net, tmp_path / "new", format="torch")
+        export(net, tmp_path / "new" / "below", format="torch")
     assert not (tmp_path / "new").exists()
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import manyscale as ms
-from manyscale.config import Augment, Input, Optim, Run, Schedule, Setting, Supernet, SuperViTConfig, SwinConfig, ViTConfig
+from manyscale.config import Augment, Input, Optim, Parallel, Run, Schedule, Setting, Supernet, SuperViTConfig, SwinConfig, ViTConfig
 from manyscale.data.loader import seed_from
 from manyscale.data.transforms import preprocess_for
 from manyscale.models import build, compile_settings
@@ -482,3 +482,9 @@ def test_teachers_that_cannot_teach(run, tmp_path):
 def test_cross_entropy_on_patches_is_the_mean_over_them():
     logits, words = torch.randn(3, 4, 5), torch.rand(3, 4, 5).softmax(-1)
     assert torch.allclose(F.cross_entropy(logits.mT, words.mT, reduction="none").mean(), -(words * logits.log_softmax(-1)).sum(-1).mean())
+
+
+def test_batch_norms_of_sizes_cannot_be_exact(run):
+    """They look at the pictures of one part: their averages depend on how many ranks there are."""
+    with pytest.raises(ValueError, match="field `elastic`: batch norms look at the pictures of one rank"):
+        train(replace(run, model=LV, augment=Augment(), parallel=Parallel(elastic="exact")))
