@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 from manyscale.config.checks import require
@@ -23,12 +24,12 @@ class Setting:
     window: int | tuple[int, ...] | None = None  # of a Swin, for every stage or per stage; None: the one it was built with
 
     def __post_init__(self) -> None:
-        for name, kinds in (("size", int), ("keep", (int, float)), ("tokens", int), ("window", int)):
+        for name, kinds in (("size", Integral), ("keep", Real), ("tokens", Integral), ("window", Integral)):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple) else (value,)
             fits = all(isinstance(number, kinds) and not isinstance(number, bool) for number in numbers)
             optional = value is None and name in ("size", "window")
-            require(fits or optional, name, f"{value!r} must be {'whole ' if kinds is int else ''}numbers: one, or a tuple of several")
+            require(fits or optional, name, f"{value!r} must be {'whole ' if kinds is Integral else ''}numbers: one, or a tuple of several")
         require(isinstance(self.tokens, tuple), "tokens", f"{self.tokens!r} must be a tuple, one number per dropping block")
         if self.size is not None:
             sizes = self.size if isinstance(self.size, tuple) else (self.size,) * 2

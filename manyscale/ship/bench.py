@@ -135,7 +135,7 @@ def bench(
                 calls[key, way] = partial(_step, net, compiled_for(net, training) if way else net, images, labels if training else None)
         seconds = _in_turns(calls, device, rounds, seed)
         peaks = {key: peak(call, device) for key, call in calls.items()}
-        product = _product(device, precision)
+        product = product_rate(device, precision)
     macs = {key: count(config, setting if key in along else None).macs * batch * (3 if training else 1) for key in nets}
     rows = tuple(
         Row(key, way, difference[key], *np.quantile(spent, (0.5, 0.25, 0.75)).tolist(), peaks[key, way], macs[key])
@@ -210,7 +210,7 @@ def _in_turns(
     return seconds
 
 
-def _product(device: torch.device, precision: torch.dtype) -> float:
+def product_rate(device: torch.device, precision: torch.dtype) -> float:
     """Multiply-adds a second of a matrix product: what the device gives at best."""
     side = PRODUCT.get(device.type, 2048)
     a, b = (torch.randn(side, side, device=device).to(precision) for _ in range(2))

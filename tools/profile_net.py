@@ -1,0 +1,104 @@
+"""Where a batch's time goes, in this package's net and its peers': the profile behind a speed-up, or behind one that is not there.
+
+python tools/profile_net.py swinv2_tiny --out docs/results/profile
+"""
+
+import argparse
+import platform
+import subprocess
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from manyscale.models import build
+from manyscale.presets import model_config
+from manyscale.ship.bench import OURS, product_rate
+from manyscale.ship.peers import peer, randomise
+from manyscale.storage import write, write_json
+
+KINDS = {  # of operations, by what their names hold; the first that does
+    "linear layers, with their GELU": ("linear", "addmm", "aten::mm"),
+    "attention": ("scaled_dotproduct", "flash", "bmm", "softmax"),
+    "norms and unit vectors": ("norm", "div", "mul", "clamp", "rsqrt"),
+    "moving and copying": ("copy", "cat", "index", "roll", "stack", "clone", "contiguous", "fill", "pad", "gather"),
+    "sums": ("add", "sum", "mean"),
+    "GELU alone": ("gelu",),
+    "patches": ("conv",),
+}
+
+
+def times(net: nn.Module, images: Tensor, rounds: int) -> dict[str, float]:
+    """Milliseconds of a batch by kind of operation: what each operation takes itself, without those that it calls."""
+    with torch.inference_mode():
+        for _ in range(3):
+            net(images)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            for _ in range(rounds):
+                net(images)
+    spent: dict[str, float] = defaultdict(float)
+    for event in found.key_averages():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "the rest")
+        spent[kind] += event.self_cpu_time_total / 1e3 / rounds
+    return spent
+
+
+def measure(name: str, against: list[str], size: int, window: int, batch: int, precision: torch.dtype, rounds: int) -> dict[str, object]:
+    """Of every net, and what the device gives at best."""
+    torch.manual_seed(0)
+    fields = {key: value for key, value in (("image_size", size), ("window", window)) if value}
+    config = model_config(name, **fields, drop_path=0.0)
+    ours = randomise(build(config)).eval()
+    nets = {OURS: ours, **{other: peer(other, ours) for other in against}}
+    images = torch.randn(batch, 3, *config.size).to(precision)
+    return {
+        "model": name,
+        "image size": list(config.size),
+        "window": window or getattr(config, "window", 0),
+        "batch": batch,
+        "precision": str(precision).removeprefix("torch."),
+        "GFLOPs a second of a matrix product": 2e-9 * product_rate(torch.device("cpu"), precision),
+        "milliseconds": {key: times(net.to(precision), images, rounds) for key, net in nets.items()},
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
+        "date": date.today().isoformat(),
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+    }
+
+
+def table(found: dict) -> str:
+    """Markdown: milliseconds by kind."""
+    nets = found["milliseconds"]
+    kinds = [*KINDS, "the rest"]
+    lines = [f"| ms a batch of {found['batch']} | {' | '.join(nets)} |", f"|---|{'---|' * len(nets)}"]
+    lines += [f"| {kind} | {' | '.join(f'{net.get(kind, 0):.0f}' for net in nets.values())} |" for kind in kinds]
+    lines.append(f"| together | {' | '.join(f'{sum(net.values()):.0f}' for net in nets.values())} |")
+    about = f"{found['model']}, {found['image size'][0]} px, window {found['window']}, {found['precision']}; a matrix product gives "
+    about += f"{found['GFLOPs a second of a matrix product']:.0f} GFLOP/s. {found['machine']}, {found['date']}, commit {found['commit']}."
+    return "\n".join(lines) + f"\n\n{about}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--against", nargs="*", default=["timm"])
+    parser.add_argument("--image-size", type=int, default=0)
+    parser.add_argument("--window", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", default="")
+    given = parser.parse_args()
+    found = measure(given.model, given.against, given.image_size, given.window, given.batch, getattr(torch, given.dtype), given.rounds)
+    print(table(found))
+    if given.out:
+        name = f"{given.model}-{found['image size'][0]}-{found['window']}-{given.dtype}"
+        Path(given.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(given.out) / f"{name}.json", found)
+        write(Path(given.out) / f"{name}.md", table(found))
+
+
+if __name__ == "__main__":
+    main()
