@@ -34,7 +34,7 @@ def attend(
 
     Args:
         q, k, v: (B, W, H, N, d); without a mask q may have other tokens than k and v.
-        bias: (H, N, N), added to the logits, or (W, H, N, N) with the mask laid into it (`folded`); None: none, and then no mask either.
+        bias: (H, N, N), added to the logits, or (W, H, N, N) with the mask laid into it (`folded`); None: zero.
         mask: (W, N, N) bool, True where the row may attend the column; at least one True a row. Masked logits are -inf:
             the official -100 can be outbid by cosine logits that span up to 216.
         scale: (H, 1, 1) float32 or wider: logits are scale cos(q, k); None: they are q k / sqrt(d).
@@ -49,10 +49,10 @@ def attend(
         (B, W, H, N, d)
 
     Raises:
-        ValueError: sequential with dropout, or with a budget that one row exceeds; a mask without a bias.
+        ValueError: sequential with dropout, or with a budget that one row exceeds.
     """
-    if mask is not None and bias is None:
-        raise ValueError("a mask goes with a bias; give one of zeros")
+    if mask is not None and bias is None:  # every path lays the mask into a bias
+        bias = q.new_zeros(q.shape[2], *mask.shape[1:])
     if path == "sequential":
         if dropout:
             raise ValueError("field `attention`: sequential keeps no attention weights that it could drop; give dropout 0 or another path")

@@ -159,11 +159,12 @@ def test_auto_fuses_where_the_bias_needs_no_gradient(monkeypatch):
     assert taken == ["fused", "reference", "fused"]
 
 
-def test_a_mask_goes_with_a_bias():
+@pytest.mark.parametrize("path", [*PATHS, "auto"])
+def test_a_mask_needs_no_bias(path):
     cut = layout((4, 4), (2, 2), shifted=True, mask_padding=True)
-    q, k, v, _ = inputs(cut)
-    with pytest.raises(ValueError, match="a mask goes with a bias"):
-        attend(q, k, v, None, cut.mask)
+    q, k, v, bias = inputs(cut)
+    expected = attend(q, k, v, torch.zeros_like(bias), cut.mask, path="reference")
+    torch.testing.assert_close(attend(q, k, v, None, cut.mask, path=path), expected, rtol=0, atol=1e-12)
 
 
 def test_cudnn_gives_no_gradients_of_biased_attention(monkeypatch):
