@@ -12,15 +12,20 @@ import manyscale as ms
 from manyscale.config import SwinConfig
 from manyscale.recipes import RECIPES
 from manyscale.studies.demo import demo, verdict
+from manyscale.studies.grid import Outcome
+from manyscale.train.loop import train
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
+    """Its runs in this process: `tests/studies/test_grid.py` has those that have one of their own."""
     out = tmp_path_factory.mktemp("demo") / "out"
     recipe = RECIPES["digits"]()
     model = SwinConfig(image_size=32, patch=4, window=4, width=8, depths=(1, 1), heads=(1, 2), mlp_ratio=1.0)
     schedule = replace(recipe.schedule, epochs=1, evaluate_every=1, warmup=0.0)
-    return out, demo(out, replace(recipe, model=model, schedule=schedule, batch=359), seeds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("manyscale.studies.demo.run_grid", lambda runs, console: [Outcome(run, train(run)) for run in runs])
+        return out, demo(out, replace(recipe, model=model, schedule=schedule, batch=359), seeds=2)
 
 
 def test_it_measures_both_nets_at_every_size(told):
