@@ -82,6 +82,10 @@ class Pictures:
         """torch.compile what the training step calls."""
         model.compile()
 
+    def passes(self, step: int) -> int:
+        """How many losses a step has."""
+        return 1
+
     def losses(self, model: nn.Module, images: Tensor, targets: Tensor, step: int, average: nn.Module | None) -> Iterator[Tensor]:
         """The losses of one step, each backpropagated before the next is asked for: of most tasks one.
 

@@ -87,6 +87,10 @@ class LearnMany(Classify):
         """One graph for every setting that is passed."""
         self.compiled = compile_settings(model, dict.fromkeys((*self.settings, *map(as_whole, self.settings))))
 
+    def passes(self, step: int) -> int:
+        """As `losses` will draw them."""
+        return len(draw_passes(self.settings, self.run.supernet, np.random.default_rng(seed_from(self.run.seed, step))))
+
     def losses(
         self, model: nn.Module, images: Tensor, targets: Tensor, step: int = 0, average: nn.Module | None = None
     ) -> Iterator[Tensor]:

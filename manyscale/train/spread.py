@@ -127,11 +127,15 @@ class Spread:
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def part(self, last: bool) -> AbstractContextManager:
-        """Where the passes of one part of a batch happen; ranks take the mean of their gradients in the last part alone."""
+    def part(self, last: bool, ends: bool) -> AbstractContextManager:
+        """Where a pass of a part of a batch happens.
+
+        Ranks take the mean of their gradients in the `last` part alone, and there of whole nets in the pass that `ends` it; of sharded
+        ones in each, since a gradient that waits for others is whole.
+        """
         if self.sharded:
             self.net.set_requires_gradient_sync(last)
-        return self.call.no_sync() if self.call is not None and not last else nullcontext()
+        return self.call.no_sync() if self.call is not None and not (last and ends) else nullcontext()
 
     def add(self) -> None:
         """A part's gradients are there: of an exact sum, put them away."""

@@ -71,11 +71,13 @@ class Step:
         """Forward and back through this rank's parts; the loss of each."""
         spread, own = self.state.spread, parts // self.ranks.count
         weight = 1 / (parts if spread.exact else own)  # else the ranks take the mean of their gradients
-        totals = []
+        totals, passes = [], self.task.passes(step)
         for number, part in enumerate(batch.parts(own)):
             total = torch.zeros((), device=self.device)
-            with spread.part(last=number == own - 1):
-                for loss in self._losses(part, number, step, own):
+            losses = self._losses(part, number, step, own)
+            for place in range(passes):
+                with spread.part(last=number == own - 1, ends=place == passes - 1):
+                    loss = next(losses)
                     (loss * weight).backward()
                     total += loss.detach()
             spread.add()

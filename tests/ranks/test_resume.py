@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from manyscale.config import SuperViTConfig
 from manyscale.train.checkpoint import checkpoints, load_checkpoint
 from tests.conftest import shorter
 from tests.ranks.jobs import losses, spread, train_all, train_some, train_with_other_data, twenty_steps
@@ -82,13 +83,16 @@ def test_ranks_with_other_data_say_so(micro, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "shard"), [("simmim", "zero3"), ("supernet", "zero3"), ("supernet", "ddp")])
+@pytest.mark.parametrize(("task", "shard"), [("simmim", "zero3"), ("supernet", "zero3"), ("supervit", "ddp")])
 def test_other_tasks_are_shared_too(task, shard, micro, tmp_path):
     """SimMIM, whose masks are drawn by the part, and a net of many settings, of which a pass leaves parameters untouched; with probes."""
     run = twenty_steps(micro)
     if task == "simmim":
         run = replace(run, task="simmim", augment=replace(run.augment, mixup=0.0, cutmix=0.0), simmim=replace(run.simmim, mask_unit=4))
         run = replace(run, fewshot=replace(run.fewshot, probe=("digits",), shots=(1, 5), draws=1))
+    elif task == "supervit":  # a size's positions are touched by its own passes alone
+        model = SuperViTConfig(sizes=(16, 32), keeps=(0.5, 1.0), patch=8, width=16, depth=2, heads=2, mlp_width=32, drop_blocks=(0,))
+        run = replace(run, task="supernet", model=model)
     else:
         run = replace(run, task="supernet", supernet=replace(run.supernet, settings=("16/window=4", "32/window=8")))
     run = shorter(run, length="8-steps", warmup="2-steps", evaluate_every="4-steps")
