@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,18 @@ def encoded(picture: Image.Image, kind: str, **options) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def make_set(root: Path, *, side: int = 20, **counts: int) -> Path:
+    """Noise in two classes, cat and dog: so many pictures of each class in each split, such as train=4, val=2."""
+    generator = np.random.default_rng(0)
+    for split, count in counts.items():
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+                picture.save(root / split / label / f"{i}.png")
+    return root
 
 
 def chunk(name: bytes, data: bytes) -> bytes:

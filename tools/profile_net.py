@@ -22,7 +22,7 @@ from manyscale.storage import write, write_json
 
 KINDS = {  # of operations, by what their names hold; the first that does
     "linear layers, with their GELU": ("linear", "addmm", "aten::mm"),
-    "attention": ("scaled_dotproduct", "flash", "bmm", "softmax"),
+    "attention": ("scaled_dot_product", "flash", "bmm", "softmax"),
     "norms and unit vectors": ("norm", "div", "mul", "clamp", "rsqrt"),
     "moving and copying": ("copy", "cat", "index", "roll", "stack", "clone", "contiguous", "fill", "pad", "gather"),
     "sums": ("add", "sum", "mean"),

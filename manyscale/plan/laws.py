@@ -112,14 +112,10 @@ def fit(points: Sequence[Point], mode: Frontier = "hull", *, bootstrap: int = 20
     check(points)
     front = frontier(points, mode)
     if len(front) < LEAST:
+        enough = mode == "hull" and len(frontier(points, "all")) >= LEAST
         raise ValueError(
             f"{len(front)} of {len(points)} runs are on the frontier ({mode}); a law of four numbers needs at least {LEAST}: "
-            "train more sizes and durations"
-            + (
-                ", or take every run that is not dominated: --frontier all"
-                if len(frontier(points, "all")) >= LEAST and mode == "hull"
-                else ""
-            )
+            "train more sizes and durations" + (", or take every run that is not dominated: --frontier all" if enough else "")
         )
     law = _least_squares(front, [near], RESAMPLING) if near else _least_squares(front, _starts(front))
     smallest = min(point.error for point in front)

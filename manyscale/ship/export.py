@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -116,8 +116,9 @@ def _made(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for each in made:
-            each.rmdir()
+        with suppress(OSError):  # somebody else's file may be in it by now
+            for each in made:
+                each.rmdir()
         raise
 
 

@@ -36,8 +36,7 @@ def study(terms: Terms) -> dict[str, Any]:
         return [None if r is None else r["accuracy"] if metric == "upstream" else shot(r, 10) for r in records]
 
     found = {case: {metric: values(case, metric) for metric in ("upstream", "10-shot")} for case in cases}
-    first = {case: run for (case, _), run in zip(reversed(asked), reversed(runs), strict=True)}
-    parameters = {case: count(trained(first[case], sets)).parameters for case in cases}
+    parameters = {case: count(trained(run, sets)).parameters for (case, _), run in zip(asked, runs, strict=True)}
     findings = [
         compare(f"{metric}, head decay {decay:g}: {one} over {other}", found[one, False, decay][metric], found[other, False, decay][metric])
         for metric in ("upstream", "10-shot")

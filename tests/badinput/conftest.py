@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import manyscale as ms
 from manyscale.config import Preprocess
 from tests.conftest import loud
+from tests.pictures import make_set
 
 MEMORY = 1 << 29  # bytes that a case may take beyond the imported engine
 NET = {"image_size": 16, "patch": 2, "window": 4, "width": 8, "depths": (1, 1), "heads": (1, 2), "classes": 2}
@@ -94,21 +93,10 @@ def proof(tmp_path) -> Path:
     return tmp_path / "code ran"
 
 
-def make_set(root: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2)):
-        for label in ("cat", "dog"):
-            (root / split / label).mkdir(parents=True)
-            for i in range(count):
-                picture = Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-                picture.save(root / split / label / f"{i}.png")
-    return root
-
-
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A set of two classes: train has 8 pictures, val 4."""
-    return make_set(tmp_path / "set")
+    return make_set(tmp_path / "set", train=4, val=2)
 
 
 @pytest.fixture(scope="session")

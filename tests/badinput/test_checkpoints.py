@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.badinput.conftest import MEMORY, WORDS, Outcome, make_set
+from tests.badinput.conftest import MEMORY, WORDS, Outcome
+from tests.pictures import make_set
 
 pytestmark = pytest.mark.badinput
 
@@ -38,7 +39,7 @@ def words_for(folder: Path) -> list[str]:
 def finished(warm, tmp_path_factory) -> Path:
     """A run of two epochs with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("finished")
-    make_set(folder / "set")
+    make_set(folder / "set", train=4, val=2)
     request = {"words": words_for(folder), "cwd": str(folder), "out": str(folder / "o"), "err": str(folder / "e"), "memory": MEMORY}
     assert warm.ask({**request, "seconds": 60})["code"] == 0, (folder / "e").read_text()
     assert len(steps(folder / "run")) == 2

@@ -4,13 +4,10 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean, stdev
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from manyscale.config import Run, Schedule, Setting, SimMIM, SwinConfig, to_dict
@@ -28,6 +25,7 @@ from manyscale.train.branches import train
 from manyscale.train.loop import Stopped
 from manyscale.train.schedule import total_rate
 from tests.conftest import loud
+from tests.pictures import make_set
 
 FALLEN = {"log-cpb seed 1", "res-post-cosine seed 1", "V1 slim seed 1", "pre-train seed 1", "scratch-1-rate0.001 seed 0",
           "w32 on 100% seed 1", "body4-head4 seed 1", "gap-decay0.3 seed 1", "24 px seed 1"}  # fmt: skip
@@ -97,22 +95,11 @@ def quickly(monkeypatch, tmp_path):
     monkeypatch.setattr("manyscale.studies.supervit.QUICK", (1_000, 1_000))
     lengths = ("8k-images", "16k-images")
     monkeypatch.setattr("manyscale.studies.scaling.QUICK", {"w32": lengths, "w64": lengths, "w128": lengths[:1]})
-    probe = str(noise(tmp_path / "noise"))
+    probe = str(make_set(tmp_path / "noise", side=8, train=25, val=10))
     terms = Terms(
         tmp_path / "study", data="digits", probe=probe, seeds=2, quick=True, console=Console(quiet=True), command="manyscale study"
     )
     return terms, ran
-
-
-def noise(folder: Path) -> Path:
-    """A set of two classes that nothing tells apart, with 25 pictures of each to learn from."""
-    random = np.random.default_rng(0)
-    for split, pictures in (("train", 25), ("val", 10)):
-        for name in ("one", "other"):
-            (folder / split / name).mkdir(parents=True)
-            for place in range(pictures):
-                Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / split / name / f"{place}.png")
-    return folder
 
 
 def test_few_shots_are_of_other_pictures_than_the_training(tmp_path):
@@ -121,7 +108,8 @@ def test_few_shots_are_of_other_pictures_than_the_training(tmp_path):
 
 
 def test_nets_are_counted_with_the_classes_they_are_trained_on(tmp_path):
-    terms = Terms(tmp_path, data="digits", probe=str(noise(tmp_path / "noise")), seeds=1, quick=True, console=Console(quiet=True))
+    probe = str(make_set(tmp_path / "noise", side=8, train=25, val=10))
+    terms = Terms(tmp_path, data="digits", probe=probe, seeds=1, quick=True, console=Console(quiet=True))
     sets = upstream(terms)
     assert trained(vit(terms, sets, "w32", length="10-steps"), sets).classes == 10
 
