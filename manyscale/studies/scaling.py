@@ -154,8 +154,7 @@ def _section(title: str, plan: dict[str, Any], families: list[tuple[str, float]]
 
 def _claims(plan: dict[str, tuple[str, ...]], values: dict[Case, Values], name: str) -> list[str]:
     small, large = next(iter(plan)), _largest(plan)
-    second = list(plan)[-2]
-    common = [length for length in plan[large] if length in plan[small]]
+    common = _common(plan, small, large)
     found = [
         compare(
             f"{name} after {length.replace('-', ' ')}, {large} over {small}",
@@ -165,19 +164,17 @@ def _claims(plan: dict[str, tuple[str, ...]], values: dict[Case, Values], name: 
         )
         for length in (common[0], common[-1])
     ]
-    gains = {
-        size: _differences(values[Case(size, 1.0, plan[size][-1])], values[Case(size, SHARES[0], plan[size][-1])])
-        for size in (small, second)
-    }
-    found.append(
-        compare(
-            f"{name}, what four times the pictures give {second} over what they give {small}, each at its longest",
-            gains[second],
-            gains[small],
-            claim=1,
-        )
-    )
+    for size in list(plan)[1:-1]:  # at as many images each, the most that both have seen: longer runs gain more from more pictures
+        length = _common(plan, small, size)[-1]
+        gains = [_differences(values[Case(net, 1.0, length)], values[Case(net, SHARES[0], length)]) for net in (size, small)]
+        asked = f"{name} after {length.replace('-', ' ')}, what four times the pictures give {size} over what they give {small}"
+        found.append(compare(asked, *gains, claim=1))
     return [*found, _efficiency(plan, values, name, small, large)]
+
+
+def _common(plan: dict[str, tuple[str, ...]], *sizes: str) -> list[str]:
+    """The durations that all of some nets have, shortest first."""
+    return [length for length in plan[sizes[0]] if all(length in plan[size] for size in sizes)]
 
 
 def _differences(left: Values, right: Values) -> Values:
@@ -209,19 +206,19 @@ def _draw(
     compute: dict[Case, float],
     fits: dict[str, Fit | str],
 ) -> Figure:
-    figure = Figure(figsize=(13, 7.4), layout="constrained")
+    figure, shared = Figure(figsize=(13, 7.4), layout="constrained"), _common(plan, *plan)[-1]
     for row, (name, title, values) in enumerate((("upstream", f"{sets.data}, top-1", top1), ("10-shot", f"{sets.probe}, 10-shot", ten))):
         frontier, efficiency, data = (figure.add_subplot(2, 3, 3 * row + place) for place in (1, 2, 3))
         plain(frontier, title=f"{title}: compute", xlabel="10^12 FLOPs", ylabel="error, %", xscale="log")
         plain(efficiency, title="images seen, all data", xlabel="images", xscale="log")
-        plain(data, title="best of all durations", xlabel="of the pictures", ylabel="error, %", xlim=(-0.3, len(SHARES) - 0.7))
+        plain(data, title=f"after {shared.replace('-', ' ')}", xlabel="of the pictures", ylabel="error, %", xlim=(-0.3, len(SHARES) - 0.7))
         for size, colour in zip(plan, COLOURS, strict=False):
             cases = [Case(size, 1.0, length) for length in plan[size]]
             errors = [_errors(values[case]) for case in cases]
             band(frontier, [compute[case] for case in cases], errors, colour, size)
             band(efficiency, [_images(case.length) for case in cases], errors, colour, size)
-            best = [_best(values, size, share) for share in SHARES]
-            data.plot(range(len(SHARES)), best, "o-", color=colour, ms=5, lw=1.6, label=size)
+            shares = [_errors(values.get(Case(size, share, shared), [])) for share in SHARES]
+            band(data, range(len(SHARES)), shares, colour, size)
         data.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
         lengths = max(plan.values(), key=len)
         efficiency.set_xticks([_images(length) for length in lengths], [length.removesuffix("-images") for length in lengths])
@@ -229,19 +226,11 @@ def _draw(
         found = fits[name]
         if isinstance(found, Fit):
             x = np.geomspace(found.frontier[0].compute, found.frontier[-1].compute, 60)
-            frontier.plot(x, 100 * found.law.error(x), color="#1f2933", lw=1.2, ls="--", label=str(found.law))
-        frontier.legend(frameon=False, fontsize=8)
+            line = frontier.plot(x, 100 * found.law.error(x), color="#1f2933", lw=1.2, ls="--", label=str(found.law))
+            frontier.legend(handles=line, frameon=False, fontsize=8, loc="lower left")
+        efficiency.legend(frameon=False, fontsize=8, loc="lower left")  # errors fall from the left: that corner is free
     return figure
 
 
 def _errors(values: Values) -> Values:
     return [None if value is None else 1 - value for value in values]
-
-
-def _best(values: dict[Case, Values], size: str, share: float) -> float:
-    means = [
-        fmean(v for v in found if v is not None)
-        for case, found in values.items()
-        if case[:2] == (size, share) and any(v is not None for v in found)
-    ]
-    return 100 * (1 - max(means)) if means else float("nan")

@@ -14,7 +14,7 @@ from manyscale.config import Run, Schedule, Setting, SimMIM, SwinConfig, to_dict
 from manyscale.data.sources import open_splits
 from manyscale.models import build
 from manyscale.plan.count import count
-from manyscale.studies import STUDIES, Terms, amplitudes, norms, position_bias, run_study, simmim, stability
+from manyscale.studies import STUDIES, Terms, amplitudes, norms, position_bias, run_study, scaling, simmim, stability
 from manyscale.studies.amplitudes import loudness, spread
 from manyscale.studies.bias_maps import bias_map, roughness
 from manyscale.studies.fate import VisibleMean, fate, fate_cell, guessed_accuracy, guessed_painting
@@ -112,6 +112,21 @@ def test_nets_are_counted_with_the_classes_they_are_trained_on(tmp_path):
     terms = Terms(tmp_path, data="digits", probe=probe, seeds=1, quick=True, console=Console(quiet=True))
     sets = upstream(terms)
     assert trained(vit(terms, sets, "w32", length="10-steps"), sets).classes == 10
+
+
+def test_what_more_pictures_give_is_compared_after_as_many_images():
+    plan = {"small": ("20k-images", "60k-images"), "middle": ("20k-images",), "large": ("20k-images",)}
+    ends = {("small", "20k-images"): (0.10, 0.11), ("small", "60k-images"): (0.10, 0.30), ("middle", "20k-images"): (0.05, 0.10)}
+    values = {
+        scaling.Case(size, share, length): [top1] * 2
+        for (size, length), both in ends.items()
+        for share, top1 in zip((0.25, 1.0), both, strict=True)
+    }
+    values[scaling.Case("large", 1.0, "20k-images")] = [0.2, 0.2]
+    gains = [finding for finding in scaling._claims(plan, values, "top-1") if "four times" in finding]
+    assert gains == [
+        "top-1 after 20k images, what four times the pictures give middle over what they give small: +4.0 points [+4.0, +4.0]: appears"
+    ]
 
 
 LONG = {*STUDIES} - {"supervit", "amplitudes"}  # a quarter or half a minute each: `-m slow`
