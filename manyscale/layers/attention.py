@@ -68,8 +68,8 @@ class WindowAttention(nn.Module):
         qkv = self._qkv(enter(x, layout))  # (B, W, N, 3C)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, W, N, 3, H, d)
         path, budget = self.attention_path, self.attention_budget
-        normed = scale is not None and scale.dtype == qkv.dtype and path != "sequential" and evaluated(qkv)
-        if normed:  # as they lie, where nobody needs them as they were; of two types a product is slower than copies
+        normed = scale is not None and path != "sequential" and evaluated(qkv)
+        if normed:  # as they lie, where nobody needs them as they were
             unit_(qkv[..., :2, :, :], torch.stack([scale, torch.ones_like(scale)])[..., 0])
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, W, H, N, d) each
         added, mask = self._added(layout, index, coordinates, v)

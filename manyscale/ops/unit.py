@@ -19,9 +19,15 @@ def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
 
 
 def unit_(x: Tensor, length: Tensor | float = 1.0) -> None:
-    """`unit` in place, rounded once to the type of `x`: no gradient, and no memory."""
-    found = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x.mul_(length / found.masked_fill(found < LEAST, torch.inf))
+    """`unit` in place, rounded once to the type of `x`: no gradient, and no memory where that is float32 or wider.
+
+    A narrower `x` is widened as it lies, which is quicker than a product of two types or copies of its parts.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    found = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    wide.mul_(length / found.masked_fill(found < LEAST, torch.inf))
+    if wide is not x:
+        x.copy_(wide)
 
 
 def unit_gradient(x: Tensor, grad: Tensor, length: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
