@@ -20,7 +20,7 @@ class TableBias(nn.Module):
 
     def forward(self, index: Tensor, coordinates: Tensor | None) -> Tensor:
         """(N, N) index into the table -> (heads, N, N)."""
-        return self.table[index].permute(2, 0, 1)
+        return self.table.T[:, index]  # read in this order, rows of logits meet rows of bias: what is added to them all vectorises
 
 
 class ContinuousBias(nn.Module):
@@ -37,4 +37,4 @@ class ContinuousBias(nn.Module):
     def forward(self, index: Tensor, coordinates: Tensor) -> Tensor:
         """(N, N) index into (T, axes) coordinates -> (heads, N, N)."""
         table = self.fc2(torch.relu(self.fc1(coordinates.to(self.fc1.weight.dtype))))  # (T, heads)
-        return (16 * torch.sigmoid(table))[index].permute(2, 0, 1)
+        return (16 * torch.sigmoid(table)).T[:, index]
