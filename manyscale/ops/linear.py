@@ -23,10 +23,14 @@ _INTEL = os.path.exists("/proc/cpuinfo") and "GenuineIntel" in Path("/proc/cpuin
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: Gelu | None = None) -> Tensor:
     """x weight^T + bias, then GELU or its tanh approximation: (..., C) -> (..., D). Through oneDNN where `is_quick` and it pays."""
-    if is_quick(x, weight, *(() if bias is None else (bias,))) and _fits(x, weight, bias) and _pays(x, weight, gelu):
+    quick = is_quick(x, weight, *(() if bias is None else (bias,)))
+    if quick and _fits(x, weight, bias) and _pays(x, weight, gelu):
         return _ONEDNN(x, weight, bias, "none" if gelu is None else "gelu", [], {"exact": "none", "tanh": "tanh", None: ""}[gelu])
     x = F.linear(x, weight, bias)
-    return x if gelu is None else F.gelu(x, approximate="none" if gelu == "exact" else "tanh")
+    if gelu is None:
+        return x
+    act = torch.ops.aten.gelu_ if quick else F.gelu  # in place it takes no fresh pages of memory, which cost as much as the GELU
+    return act(x, approximate="none" if gelu == "exact" else "tanh")
 
 
 def is_quick(*tensors: Tensor) -> bool:
