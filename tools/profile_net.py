@@ -1,26 +1,30 @@
 """Where a batch's time goes, in this package's net and its peers': the profile behind a speed-up, or behind one that is not there.
 
-python tools/profile_net.py swinv2_tiny --out docs/results/profile
+python tools/profile_net.py swinv2_tiny --against transformers --compile --out docs/results/profile
 """
 
 import argparse
 import platform
 import subprocess
 from collections import defaultdict
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from manyscale.models import build
 from manyscale.presets import model_config
-from manyscale.ship.bench import OURS, product_rate
+from manyscale.ship.bench import OURS, compiled_for, product_rate
 from manyscale.ship.peers import peer, randomise
 from manyscale.storage import write, write_json
 
+FUSED = "what a compiler fused: norms, GELUs, softmax, moving"
 KINDS = {  # of operations, by what their names hold; the first that does
+    FUSED: ("cpp_fused", "CompiledFxGraph"),
     "linear layers, with their GELU": ("linear", "addmm", "aten::mm"),
     "attention": ("scaled_dot_product", "flash", "bmm", "softmax"),
     "norms and unit vectors": ("norm", "div", "mul", "clamp", "rsqrt"),
@@ -31,9 +35,9 @@ KINDS = {  # of operations, by what their names hold; the first that does
 }
 
 
-def times(net: nn.Module, images: Tensor, rounds: int) -> dict[str, float]:
+def times(net: Callable[[Tensor], Tensor], images: Tensor, rounds: int) -> dict[str, float]:
     """Milliseconds of a batch by kind of operation: what each operation takes itself, without those that it calls."""
-    with torch.inference_mode():
+    with torch.inference_mode(), torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
         for _ in range(3):
             net(images)
         with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -46,13 +50,20 @@ def times(net: nn.Module, images: Tensor, rounds: int) -> dict[str, float]:
     return spent
 
 
-def measure(name: str, against: list[str], size: int, window: int, batch: int, precision: torch.dtype, rounds: int) -> dict[str, object]:
-    """Of every net, and what the device gives at best."""
+def measure(
+    name: str, against: list[str], size: int, window: int, batch: int, precision: torch.dtype, rounds: int, compiled: bool
+) -> dict[str, object]:
+    """Of every net, and if asked of every net compiled too, and what the device gives at best."""
     torch.manual_seed(0)
     fields = {key: value for key, value in (("image_size", size), ("window", window)) if value}
     config = model_config(name, **fields, drop_path=0.0)
     ours = randomise(build(config)).eval()
-    nets = {OURS: ours, **{other: peer(other, ours) for other in against}}
+    nets: dict[str, nn.Module] = {OURS: ours, **{other: peer(other, ours) for other in against}}
+    runs: dict[str, Callable[[Tensor], Tensor]] = {}
+    for key, net in nets.items():
+        runs[key] = net.to(precision)
+        if compiled:
+            runs[f"{key}, compiled"] = compiled_for(net, False)
     images = torch.randn(batch, 3, *config.size).to(precision)
     return {
         "model": name,
@@ -61,7 +72,7 @@ def measure(name: str, against: list[str], size: int, window: int, batch: int, p
         "batch": batch,
         "precision": str(precision).removeprefix("torch."),
         "GFLOPs a second of a matrix product": 2e-9 * product_rate(torch.device("cpu"), precision),
-        "milliseconds": {key: times(net.to(precision), images, rounds) for key, net in nets.items()},
+        "milliseconds": {key: times(run, images, rounds) for key, run in runs.items()},
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
         "date": date.today().isoformat(),
         "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
@@ -73,6 +84,7 @@ def table(found: dict) -> str:
     nets = found["milliseconds"]
     kinds = [*KINDS, "the rest"]
     lines = [f"| ms a batch of {found['batch']} | {' | '.join(nets)} |", f"|---|{'---|' * len(nets)}"]
+    kinds = [kind for kind in kinds if any(net.get(kind) for net in nets.values())]
     lines += [f"| {kind} | {' | '.join(f'{net.get(kind, 0):.0f}' for net in nets.values())} |" for kind in kinds]
     lines.append(f"| together | {' | '.join(f'{sum(net.values()):.0f}' for net in nets.values())} |")
     about = f"{found['model']}, {found['image size'][0]} px, window {found['window']}, {found['precision']}; a matrix product gives "
@@ -88,10 +100,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", default="")
     given = parser.parse_args()
-    found = measure(given.model, given.against, given.image_size, given.window, given.batch, getattr(torch, given.dtype), given.rounds)
+    precision = getattr(torch, given.dtype)
+    found = measure(given.model, given.against, given.image_size, given.window, given.batch, precision, given.rounds, given.compile)
     print(table(found))
     if given.out:
         name = f"{given.model}-{found['image size'][0]}-{found['window']}-{given.dtype}"

@@ -46,7 +46,7 @@ def cost(
         split: the held-out pictures; one half chooses temperatures and thresholds, the other is reported.
         rounds: how often every setting is run, after warming up.
         precision: float32, or bfloat16 where the device has it.
-        compile: compile every setting.
+        compile: compile every setting, on a CPU with frozen weights: a copy of them for each.
         seed: of the images, the order in each round, and the halves.
         workers: loader processes.
         device: where to compute.

@@ -5,6 +5,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._pytree import register_constant
 
@@ -43,7 +44,22 @@ class AtSetting(nn.Module):
         return run_at(self.model, images, self.setting)
 
 
-def compile_settings(model: nn.Module, settings: Iterable[Setting], **options: Any) -> dict[Setting, Callable[..., Any]]:
+def frozen(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose graphs keep the weights in the form that a CPU's products read them.
+
+    Each graph has its own copy, as large as the weights, and does not see when they change. For calls without gradients.
+    """
+
+    def call(*args: Any, **rest: Any) -> Any:
+        with torch._inductor.config.patch(freezing=True):
+            return run(*args, **rest)
+
+    return call
+
+
+def compile_settings(
+    model: nn.Module, settings: Iterable[Setting], *, freeze: bool = False, **options: Any
+) -> dict[Setting, Callable[..., Any]]:
     """`model(images, setting)` compiled for each setting on its own, with the weights shared.
 
     torch.compile counts what it makes of one piece of code against a limit of 8 (`torch._dynamo.config.recompile_limit`) and
@@ -51,6 +67,7 @@ def compile_settings(model: nn.Module, settings: Iterable[Setting], **options: A
     the first call, and again for another batch size.
 
     Args:
+        freeze: for serving on a CPU; see `frozen`.
         options: of torch.compile; by default `dynamic=False`.
 
     Returns:
@@ -64,6 +81,7 @@ def compile_settings(model: nn.Module, settings: Iterable[Setting], **options: A
         name = f"run {setting}"
         own = FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, run.__defaults__, run.__closure__)
         own.__kwdefaults__ = run.__kwdefaults__
-        return torch.compile(own, **{"dynamic": False, **options})
+        compiled = torch.compile(own, **{"dynamic": False, **options})
+        return frozen(compiled) if freeze else compiled
 
     return {setting: made(setting) for setting in settings}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from manyscale.config import NetConfig, Setting
 from manyscale.config.memory import AttentionPath
 from manyscale.models import build, set_attention
-from manyscale.models.settings import AtSetting
+from manyscale.models.settings import AtSetting, frozen
 from manyscale.plan.count import count
 from manyscale.ship.measure import WARM_UP, apart, device_name, peak, time_call
 from manyscale.ship.peers import PEERS, NoSuchNet, peer, randomise
@@ -186,14 +186,7 @@ def _step(net: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, label
 def compiled_for(net: nn.Module, training: bool) -> Callable[[Tensor], Tensor]:
     """The net compiled; frozen where nothing is trained, as is usual for serving on a CPU."""
     run = torch.compile(net, dynamic=False)
-    if training:
-        return run
-
-    def frozen(images: Tensor) -> Tensor:
-        with torch._inductor.config.patch(freezing=True):
-            return run(images)
-
-    return frozen
+    return run if training else frozen(run)
 
 
 def _in_turns(

@@ -6,7 +6,7 @@ import platform
 import random
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,9 @@ def measure(
     model.eval()
     images = {size: _images(batch, size, model, device, seed) for size in {size_of(model.config, setting) for setting in settings}}
     run = partial(run_at, model)
-    calls = compile_settings(run, settings) if compiled else {setting: partial(run, setting=setting) for setting in settings}
+    calls: Mapping[Setting, Callable[..., Tensor]] = {setting: partial(run, setting=setting) for setting in settings}
+    if compiled:
+        calls = compile_settings(run, settings, freeze=device.type == "cpu")
     seconds: dict[Setting, list[float]] = {setting: [] for setting in settings}
     generator = random.Random(seed)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):

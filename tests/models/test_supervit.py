@@ -1,6 +1,7 @@
 """SuperViT: token counts, logits and kept tokens against a slow reference, sizes, positions, what it refuses."""
 
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -304,6 +305,28 @@ def test_a_graph_for_each_setting_past_any_limit():
         for setting, run_compiled in compiled.items():
             assert torch.equal(run_compiled(images), model(images, setting))
             assert torch.equal(run_compiled(images, both=True).whole, model(images, setting))
+
+
+def test_freezing_is_of_a_call_alone(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda images: torch._inductor.config.freezing)
+    for freeze in (False, True):
+        (run,) = compile_settings(build(DEIT), [Setting()], freeze=freeze).values()
+        assert run(IMAGES) is freeze
+    assert not torch._inductor.config.freezing
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_frozen_graph_keeps_its_weights():
+    model, setting = loud(build(replace(DEIT, depth=1, drop_blocks=()))).eval(), Setting(size=24)
+    images = IMAGES.float()
+    compiled = compile_settings(model, [setting], freeze=True)[setting]
+    with torch.no_grad():
+        expected = model(images, setting)
+        torch.testing.assert_close(compiled(images), expected)
+        model.head.weight.zero_()
+        assert not torch.allclose(model(images, setting), expected)
+        torch.testing.assert_close(compiled(images), expected)  # what freezing is, and what its docstring says
 
 
 def test_exported_for_one_setting():
