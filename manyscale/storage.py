@@ -1,15 +1,23 @@
-"""Files that are written whole or not at all, and read with errors a person can act on."""
+"""Files that are written whole or not at all, and read with errors a person can act on; and what a result in one comes from."""
 
 import errno
 import json
 import math
 import os
+import platform
+import shutil
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from manyscale import __version__
 
 JSON_BYTES = 64 << 20  # what `read_json` takes at most
 
@@ -98,6 +106,27 @@ def read_text(path: Path | str, limit: int) -> str:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text, perhaps half-written: {error}") from None
+
+
+def origin(command: str = "") -> dict[str, str]:
+    """What a result comes from: command, version, in a checkout its commit (`-dirty` where files differ from it), Python, date (UTC).
+
+    Args:
+        command: what to say instead of how this process was called.
+    """
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else f"python {program}" if program.suffix == ".py" else program.name
+    commit, here = "", Path(__file__)
+    if shutil.which("git"):
+        git = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True)
+        if git(["git", "ls-files", "--error-unmatch", here.name]).returncode == 0:  # not a repository that this is only installed in
+            commit = ", commit " + git(["git", "describe", "--always", "--dirty", "--abbrev=10"]).stdout.strip()
+    return {
+        "command": command or " ".join([name, *sys.argv[1:]]),
+        "manyscale": __version__ + commit,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
 
 def check_file(path: Path | str) -> None:

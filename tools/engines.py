@@ -7,9 +7,7 @@ Both nets go the same way from torch to ONNX to OpenVINO. int8 ranges are of ran
 """
 
 import argparse
-import datetime
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +22,7 @@ from manyscale.ship.bench import compiled_for
 from manyscale.ship.export import Engine, open_engine, write_engine
 from manyscale.ship.measure import apart, device_name, time_call
 from manyscale.ship.peers import peer, randomise
-from manyscale.storage import write, write_json
+from manyscale.storage import origin, write, write_json
 
 CPU = torch.device("cpu")
 ENGINES = {  # format, dtype, int8
@@ -93,13 +91,11 @@ def main() -> None:
         (row["net"], row["way"], f"{row['ms']:.0f}", f"{row['timm ms']:.0f}", f"{row['over timm']:.2f}", f"{row['over torch']:.2f}",
          f"{row['difference']:.0e}") for row in rows
     ]  # fmt: skip
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    made = origin()
     size = "".join(f", {key.replace('_', ' ')} {value}" for key, value in fields.items())
     foot = (
         f"Batch {given.batch}{size}; medians of {given.rounds} rounds in turns; {device_name(CPU)}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; {datetime.date.today()}, commit {commit}, `python tools/engines.py {' '.join(sys.argv[1:])}`"
+        f"torch {torch.__version__}; {made['date']}, manyscale {made['manyscale']}, `{made['command']}`"
     )
     from rich.console import Console
 
@@ -109,7 +105,7 @@ def main() -> None:
         name = "-".join([*given.nets, *(str(value) for value in fields.values())])
         lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in cells)]
         write(Path(given.out) / f"{name}.md", "\n".join([*lines, "", foot, ""]))
-        write_json(Path(given.out) / f"{name}.json", {"about": foot, "rows": rows})
+        write_json(Path(given.out) / f"{name}.json", {**made, "about": foot, "rows": rows})
 
 
 if __name__ == "__main__":

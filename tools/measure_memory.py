@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +137,8 @@ def main() -> None:
     given = parser.parse_args()
     import torch
 
+    from manyscale.storage import origin, write_json
+
     torch.set_num_threads(1)
     if given.point is not None:
         step = Step(*POINTS[given.kind][given.point])
@@ -156,12 +157,8 @@ def main() -> None:
             cells += [f"{result[key] / 2**20:,.1f}" for key in ("alive", "measured", "planned")] + [f"{over:+.1%}"]
         cells += [f"{result['seconds']:.2f} s"] if "seconds" in result else [result["failed"]] if "failed" in result else []
         print("| " + " | ".join(cells) + " |", flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    about = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1, "commit": commit, "date": str(date.today())}
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / f"{given.kind}.json").write_text(json.dumps({**about, "points": rows}, indent=1) + "\n")
+    about = {**origin(), "machine": platform.machine(), "torch": torch.__version__, "threads": 1}
+    write_json(given.out / f"{given.kind}.json", {**about, "points": rows})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ import xxhash
 
 import manyscale as ms
 from manyscale.config import Optim
-from manyscale.storage import write, write_json
+from manyscale.storage import origin, write, write_json
 from manyscale.train import checkpoint
 from manyscale.train.checkpoint import Writer, read_tensors, save_checkpoint, verify
 from manyscale.train.state import State
@@ -90,11 +88,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rows = {name: measure(name, given.rounds) for name in given.models}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    about = {"command": f"python tools/measure_saving.py {' '.join(given.models)}", "commit": commit, "date": str(date.today()),
-             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}", "torch": torch.__version__}  # fmt: skip
+    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    about = {**origin(), "machine": machine, "torch": torch.__version__}
     header = ("model", "state, GiB", "save", "manifest", "verify", "load", "loop waits", "manifest + verify over save", "waits over save")
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, row in rows.items():
@@ -104,7 +99,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if given.out:
-        head = ", ".join([f"`{about['command']}`", f"commit {commit}", about["date"], about["machine"], f"torch {about['torch']}."])
+        head = ", ".join([f"`{about['command']}`", f"manyscale {about['manyscale']}", about["date"], machine, f"torch {about['torch']}."])
         write(
             given.out.with_suffix(".md"),
             f"# What a checkpoint costs\n\n{head}\nWeights, moving average and AdamW's moments, in float32.\n\n{text}\n",

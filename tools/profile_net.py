@@ -5,10 +5,8 @@ python tools/profile_net.py swinv2_tiny --against transformers --compile --out d
 
 import argparse
 import platform
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from manyscale.models import build
 from manyscale.presets import model_config
 from manyscale.ship.bench import OURS, compiled_for, product_rate
 from manyscale.ship.peers import peer, randomise
-from manyscale.storage import write, write_json
+from manyscale.storage import origin, write, write_json
 
 FUSED = "what a compiler fused: norms, GELUs, softmax, moving"
 KINDS = {  # of operations, by what their names hold; the first that does
@@ -74,8 +72,7 @@ def measure(
         "GFLOPs a second of a matrix product": 2e-9 * product_rate(torch.device("cpu"), precision),
         "milliseconds": {key: times(run, images, rounds) for key, run in runs.items()},
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
-        "date": date.today().isoformat(),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        **origin(),
     }
 
 
@@ -88,7 +85,8 @@ def table(found: dict) -> str:
     lines += [f"| {kind} | {' | '.join(f'{net.get(kind, 0):.0f}' for net in nets.values())} |" for kind in kinds]
     lines.append(f"| together | {' | '.join(f'{sum(net.values()):.0f}' for net in nets.values())} |")
     about = f"{found['model']}, {found['image size'][0]} px, window {found['window']}, {found['precision']}; a matrix product gives "
-    about += f"{found['GFLOPs a second of a matrix product']:.0f} GFLOP/s. {found['machine']}, {found['date']}, commit {found['commit']}."
+    about += f"{found['GFLOPs a second of a matrix product']:.0f} GFLOP/s.\n"
+    about += f"{found['machine']}, {found['date']}, manyscale {found['manyscale']}, `{found['command']}`."
     return "\n".join(lines) + f"\n\n{about}\n"
 
 

@@ -11,7 +11,7 @@ from manyscale.cli.parsing import parse, plain_table, show
 from manyscale.config import Setting, Size, SuperViTConfig, Windows
 from manyscale.config.memory import AttentionPath
 from manyscale.presets import model_config
-from manyscale.storage import write_json
+from manyscale.storage import origin, write_json
 
 
 def _bench(
@@ -98,10 +98,8 @@ def _print(found: Any) -> None:
 
 
 def _values(found: Any) -> dict[str, Any]:
-    import manyscale
-
     rows = [{**row._asdict(), "ratio": found.ratio(row), "of_product": found.rate(row) / found.product} for row in found.rows]
-    return {"model": found.model, "manyscale": manyscale.__version__, **found.about, "product": found.product, "rows": rows}
+    return {"model": found.model, **origin(), **found.about, "product": found.product, "rows": rows}
 
 
 def bench(arguments: list[str]) -> None:

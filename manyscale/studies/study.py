@@ -3,9 +3,6 @@
 import math
 import os
 import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-import manyscale
 from manyscale.config import Augment, Input, Optim, Run, Schedule, SwinConfig
 from manyscale.data.sources import DIGITS, open_splits
-from manyscale.storage import read_json, write, write_json
+from manyscale.storage import origin, read_json, write, write_json
 
 INK, GRID = "#1f2933", 0.25
 COLOURS = ("#2c6e9b", "#c0392b", "#d99a2b", "#4b8b5a", "#7d5ba6", "#6b7680", "#1f2933", "#b56576", "#3aa6a0", "#8c564b")
@@ -192,19 +188,9 @@ def conclude(
 
 def begin(terms: Terms) -> None:
     """Note who computes, in `sittings.json`: a study that goes on may do so on another day, machine or commit."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores ({platform.machine()})"
-    sitting = {
-        "command": terms.command or " ".join(sys.argv),
-        "manyscale": manyscale.__version__ + (f", commit {asked.stdout.strip()}" if asked.returncode == 0 else ""),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+    sitting = {**origin(terms.command), "torch": torch.__version__, "device": device}
     file = terms.out / "sittings.json"
     before = read_json(file)["sittings"] if file.exists() else []
     if sitting not in before:

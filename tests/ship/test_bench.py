@@ -155,4 +155,5 @@ def test_the_table_as_it_is_printed(tmp_path, capsys):
     assert re.search(r"^torchvision .* 1\.00 ", out, re.MULTILINE) and "a large matrix product" in out
     values = json.loads((tmp_path / "b" / "bench.json").read_text())
     assert values["model"] == "swinv2_tiny" and [row["name"] for row in values["rows"]] == [OURS, "torchvision"]
+    assert values["manyscale"].startswith("0.") and values["date"] and values["command"]
     assert (tmp_path / "b" / "bench.png").exists()

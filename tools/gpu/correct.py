@@ -8,9 +8,7 @@ Fresh random inputs, every parameter random (norms too), shifted and not, with p
 
 import argparse
 import copy
-import datetime
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import manyscale as ms
 from manyscale.ops.attention import attend
 from manyscale.ops.windows import layout
-from manyscale.storage import write
+from manyscale.storage import origin, write
 from tests.conftest import loud
 
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -107,16 +105,16 @@ def main() -> None:
     rows += net_rows(device, (64,) if arguments.quick else (64, 225, 256))
     rows += supervit_rows(device, ("128/0.5",) if arguments.quick else ("224/1", "224/0.7", "160/0.5", "128/0.5"))
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    made = origin()
     lines = [f"# Correctness on {what}", ""]
-    lines += [f"{datetime.date.today()}, torch {torch.__version__}, commit {commit}, `{' '.join(sys.argv)}`", ""]
+    lines += [f"{made['date']}, torch {torch.__version__}, manyscale {made['manyscale']}, `{made['command']}`", ""]
     lines += ["Relative error against float64 on the CPU.", "", "| what | dtype | how | output | worst gradient |", "|---|---|---|---|---|"]
     lines += [f"| {n} | {d.removeprefix('torch.')} | {h} | {o:.1e} | {'' if g != g else f'{g:.1e}'} |" for n, d, h, o, g in rows]
     limits = {str(dtype): limit for dtype, limit in LIMIT.items()}
     bad = [row for row in rows if "attention" in row[0] and not max(row[3], row[4]) < 3 * limits[row[1]]]
     bad += [row for row in rows if "px" in row[0] and not row[3] < 30 * limits[row[1]]]
     lines += ["", f"{len(rows)} rows, {len(bad)} beyond their limits."]
-    write(Path(arguments.out) / f"{datetime.date.today()}-correct.md", "\n".join(lines) + "\n")
+    write(Path(arguments.out) / f"{made['date']}-correct.md", "\n".join(lines) + "\n")
     print("\n".join(lines[-12:]))
     sys.exit(bool(bad))
 

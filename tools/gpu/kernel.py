@@ -8,10 +8,8 @@ of attention alone, from the projections q, k, v of the grid to what the last pr
 """
 
 import argparse
-import datetime
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -23,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from manyscale.ops import kernel
 from manyscale.ops.windows import Layout, layout
-from manyscale.storage import write
+from manyscale.storage import origin, write
 from tests.ops.kernel_cases import Case, reference, run
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -181,14 +179,14 @@ def main() -> None:
     if arguments.rounds:
         table = timed(device, [(1, 8, 4, 1), (1, 9, 9, 1)] if arguments.quick else TIMED, arguments.rounds, arguments.blocks)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    made = origin()
     head = [f"# Window attention kernels on {what}", ""]
-    head += [f"{datetime.date.today()}, torch {torch.__version__}, commit {commit}, `{' '.join(sys.argv)}`", "", *lines, ""]
+    head += [f"{made['date']}, torch {torch.__version__}, manyscale {made['manyscale']}, `{made['command']}`", "", *lines, ""]
     head += [
         f"bfloat16, shifted windows, d 32, cosines, a learnt bias; medians of {arguments.rounds} rounds. Peak: with the backward pass.",
         "",
     ]
-    write(Path(arguments.out) / f"{datetime.date.today()}-kernel.md", "\n".join([*head, *table]) + "\n")
+    write(Path(arguments.out) / f"{made['date']}-kernel.md", "\n".join([*head, *table]) + "\n")
     print("\n".join([*lines, "", *table]))
     sys.exit(wrong)
 

@@ -7,7 +7,6 @@ Each point in a process of its own: swinv2_large and swinv2_giant at 1536 pixels
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from manyscale.storage import write
+from manyscale.storage import origin, write
 
 WAYS = {
     "naive": {},
@@ -90,12 +89,10 @@ def main() -> None:
         print(rows[-1], flush=True)
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    made = origin()
     what = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
-    foot = f"{small}, one image, AdamW, bfloat16 autocast; {what}, torch {torch.__version__}, {datetime.date.today()}, commit {commit}"
-    write(given.out / f"{datetime.date.today()}-small.md", "\n".join([*rows, "", foot, ""]))
+    foot = f"{small}, one image, AdamW, bfloat16 autocast; {what}, torch {torch.__version__}, {made['date']}, manyscale {made['manyscale']}"
+    write(given.out / f"{made['date']}-small.md", "\n".join([*rows, "", foot, ""]))
 
 
 if __name__ == "__main__":
