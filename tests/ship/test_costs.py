@@ -57,8 +57,9 @@ def test_settings_take_turns_in_an_order_drawn_anew(monkeypatch):
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock) ** 2 / 1e3)
     settings = TINY.settings
     found = measure(build(TINY), settings, batch=5, device=CPU, rounds=7, seed=1)
-    rounds = [calls[i : i + 4] for i in range(0, 4 * (measuring.WARM_UP + 7), 4)]
-    assert all({setting for setting, _ in one} == set(settings) for one in rounds), "each once in every round"
+    assert calls[::2][: 4 * (measuring.WARM_UP + 7)] == calls[1::2][: 4 * (measuring.WARM_UP + 7)], "each twice in a row"
+    rounds = [calls[2 * i : 2 * i + 8 : 2] for i in range(0, 4 * (measuring.WARM_UP + 7), 4)]
+    assert all({setting for setting, _ in one} == set(settings) for one in rounds), "each in every round"
     assert len({tuple(setting for setting, _ in one) for one in rounds}) > 3, "not always in one order"
     assert all(shape == (5, 3, setting.size, setting.size) for setting, shape in calls)
     generator, at, seconds = random.Random(1), 0, {setting: [] for setting in settings}
