@@ -60,6 +60,6 @@ class PatchMerge(nn.Module):
         height, width = x.shape[-3:-1]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        # the official order of the four: down the column first
-        x = torch.cat([x[..., a::2, b::2, :] for b in (0, 1) for a in (0, 1)], dim=-1)  # (B, [t,] h/2, w/2, 4C)
+        x = x.unflatten(-2, (-1, 2)).unflatten(-4, (-1, 2))  # (B, [t,] h/2, 2, w/2, 2, C)
+        x = x.movedim(-4, -2).flatten(-3)  # (B, [t,] h/2, w/2, 4C), the official order of the four: down the column first
         return self.norm_out(project(self.reduction, self.norm_in(x)))

@@ -66,10 +66,8 @@ def attend(
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scaled: bool, dropout: float) -> Tensor:
     logits = (q if scaled else q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, W, H, N, N)
-    if bias is not None:
-        logits = logits + bias
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None], float("-inf"))
+    if bias is not None:  # the mask is laid into it, not over the logits: in the backward pass too it is then read once, not once a picture
+        logits = logits + (bias if mask is None else folded(bias, mask))
     weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
     return F.dropout(weights, dropout) @ v
 

@@ -157,7 +157,8 @@ def _reference(a: Attended, how: How) -> Core:
     kept = qk + v + a.mask + (4 + 2 * (size == 2)) * logits
     given = a.bias or size  # bytes of a logit that softmax is given
     copy = 4 if given == 2 else 2 * (size == 2)  # of what it is given, in float32, or of its result, in bfloat16
-    forward = 3 * size * a.values + qk + a.mask + (given + copy + 4) * logits
+    adding = (size + given) * logits + given * a.windows * a.window * a.masked  # the bias with the mask laid into it
+    forward = 3 * size * a.values + qk + a.mask + max(adding, (given + copy + 4) * logits)
     softmax = 3 * 4 * logits  # weights, their gradient, and that of the logits
     lengths = (2 * size + 12) * a.values
     return Core(kept, forward, qk + a.mask + size * a.values + max(softmax, lengths))
