@@ -96,7 +96,7 @@ def study(terms: Terms) -> dict[str, Any]:
 
 def run(terms: Terms, sets: Upstream, plan: dict[str, tuple[str, ...]], size: str, share: float, seed: int) -> Run:
     """A trunk with its branches."""
-    made = vit(terms, sets, size, share=share, seed=seed, branches=plan[size], warmup="500-images" if terms.quick else "2k-images")
+    made = vit(terms, sets, size, share=share, seed=seed, branches=plan[size], warmup="400-images" if terms.quick else "2k-images")
     return replace(made, recipe=f"{size} on {share:.0%} seed {seed}", out=str(terms.out / f"{size}-{share:g}-{seed}"))
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from manyscale.config import Run, Schedule, Setting, SimMIM, SwinConfig, to_dict
+from manyscale.data.loader import steps_per_epoch
 from manyscale.data.sources import open_splits
 from manyscale.models import build
 from manyscale.plan.count import count
@@ -20,8 +21,8 @@ from manyscale.studies.bias_maps import bias_map, roughness
 from manyscale.studies.fate import VisibleMean, fate, fate_cell, guessed_accuracy, guessed_painting
 from manyscale.studies.grid import Outcome
 from manyscale.studies.study import begin, cell, compare, compare_ratio, describe, half_width, provenance, small
-from manyscale.studies.vits import trained, upstream, vit
-from manyscale.train.branches import train
+from manyscale.studies.vits import Upstream, trained, upstream, vit
+from manyscale.train.branches import _branches, train
 from manyscale.train.loop import Stopped
 from manyscale.train.schedule import total_rate
 from tests.conftest import loud
@@ -112,6 +113,15 @@ def test_nets_are_counted_with_the_classes_they_are_trained_on(tmp_path):
     terms = Terms(tmp_path, data="digits", probe=probe, seeds=1, quick=True, console=Console(quiet=True))
     sets = upstream(terms)
     assert trained(vit(terms, sets, "w32", length="10-steps"), sets).classes == 10
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_rung_warms_up_before_its_first_cooldown(tmp_path, quick):
+    terms = Terms(tmp_path, data="tiny-imagenet", seeds=1, quick=quick, console=Console(quiet=True))
+    sets, plan = Upstream("tiny-imagenet", "cifar10", 20_000, 200), scaling.QUICK if quick else scaling.FULL
+    for size, share in itertools.product(plan, scaling.SHARES):
+        run = scaling.run(terms, sets, plan, size, share, 0)
+        assert tuple(_branches(run, steps_per_epoch(round(share * sets.pictures), run.batch))) == plan[size]
 
 
 def test_what_more_pictures_give_is_compared_after_as_many_images():
