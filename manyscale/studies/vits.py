@@ -46,6 +46,7 @@ def vit(terms: Terms, sets: Upstream, size: str, *, share: float = 1.0, seed: in
     augment = replace(run.augment, flip=0.0) if sets.data == DIGITS else run.augment
     return replace(
         run,
+        input=replace(run.input, held_out=2_000) if terms.quick else run.input,
         model=replace(run.model, head_bias=-math.log(sets.classes - 1)),
         augment=augment,
         schedule=replace(run.schedule, **{"branches": (), **schedule}),
@@ -91,5 +92,6 @@ def describe_vit(run: Run, sets: Upstream) -> str:
         f"l2 {run.fewshot.l2:g}. "
         f"Sigmoid loss, {optim.method}, clip {optim.clip:g}, batch {run.batch}, crops of at least {run.augment.scale[0]:.0%} of the area"
         f"{', flips' if run.augment.flip else ''}, {run.precision}. Rate: rsqrt after a warm-up of {run.schedule.warmup}, the last "
-        f"{run.schedule.cooldown} of a run a line to zero. Evaluated once, at the end."
+        f"{run.schedule.cooldown} of a run a line to zero. Evaluated once, at the end"
+        f"{f', upstream on {run.input.held_out:,} held-out pictures' if run.input.held_out else ''}."
     )
