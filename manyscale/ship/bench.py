@@ -219,7 +219,7 @@ def draw(found: Bench, path: Path) -> None:
     speeds = [found.batch / row.p50 for row in rows]
     around = [[s - found.batch / row.p75 for s, row in zip(speeds, rows, strict=True)],
               [found.batch / row.p25 - s for s, row in zip(speeds, rows, strict=True)]]  # fmt: skip
-    figure = Figure(figsize=(8, 0.9 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     colours = ["#2c6e9b" if row.is_ours else "#9aa5b1" for row in rows]
     axes.barh([row.label for row in rows], speeds, xerr=around, color=colours, error_kw={"lw": 1, "ecolor": "#1f2933"})
@@ -227,7 +227,7 @@ def draw(found: Bench, path: Path) -> None:
         axes.annotate(f"{speed:.1f}", (found.batch / row.p25, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     what = "training" if found.about["training"] else "inference"
     about = f"{found.about['precision']}, batch {found.batch}, {found.about['device']}, {found.about['threads']} threads"
-    axes.set_title(f"{found.model}, {'x'.join(map(str, found.about['image size']))} px, {what}, {about}", fontsize=9, loc="left")
+    axes.set_title(f"{found.model}, {'x'.join(map(str, found.about['image size']))} px, {what}\n{about}", fontsize=9, loc="left")
     axes.set_xlabel("images a second")
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
