@@ -8,6 +8,7 @@ Letters: B batch, grid = (h, w) or (t, h, w) tokens, C channels, D_i channels of
 
 from functools import partial
 from math import prod
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,8 @@ class Swin(nn.Module):
         if x.dim() != self.config.axes + 2 or x.shape[1] != self.config.channels:
             shape = "(B, {}, {}H, W)".format(self.config.channels, "T, " if self.config.axes == 3 else "")
             raise ValueError(f"the model takes a batch of shape {shape}, not {tuple(x.shape)}")
+        for size in x.shape[2:]:
+            index(size)  # torch.compile makes a graph of one image size, of any batch: with symbols for it, windows and masks take minutes
         windows = [None] * len(self.stages)
         if setting is not None:
             windows = list(self.config.windows_at(setting))

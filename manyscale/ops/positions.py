@@ -42,6 +42,7 @@ def resize_positions(
     return grid.flatten(2)[0].T.to(positions.dtype)
 
 
+@torch.compiler.assume_constant_result  # so that freezing a graph's weights computes position biases once
 def relative_index(window: tuple[int, ...], table: tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """For each pair of tokens of `window`, the entry of their offset in a table made for windows of `table` tokens.
 
@@ -58,6 +59,7 @@ def relative_index(window: tuple[int, ...], table: tuple[int, ...], device: torc
     return index
 
 
+@torch.compiler.assume_constant_result  # so that freezing a graph's weights computes position biases once
 def relative_coordinates(
     window: tuple[int, ...], pretrained: tuple[int, ...], spacing: Literal["linear", "log"], device: torch.device | None = None
 ) -> Tensor:

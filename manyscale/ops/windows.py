@@ -5,11 +5,13 @@ Swin V1 (arXiv 2103.14030) section 3.2; the order pad-shift-mask matters: shifti
 """
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+KNOWN = 2**24  # pairs of tokens in all windows of a grid; with more, a graph with frozen weights would hold masked biases of gigabytes
 
 
 class Layout(NamedTuple):
@@ -44,14 +46,33 @@ def layout(
     padded = tuple(-(-g // w) * w for w, g in zip(window, grid, strict=True))
     mask = None
     if masked and (any(shift) or (mask_padding and padded != grid)):
-        label = regions(grid, padded, shift, mask_padding=mask_padding, device=device)
-        label = split(label[None, ..., None], window)[0, :, :, 0]  # (W, N)
+        pairs = prod(padded) * prod(window)
+        label = (known_labels if pairs <= KNOWN else labels)(grid, padded, window, shift, mask_padding, device)  # (W, N)
         mask = label[:, :, None] == label[:, None, :]
     plain = Layout(grid, padded, window, shift, mask)
     if not ordered or padded != grid or not any(shift):
         return plain
     order = enter(torch.arange(prod(grid), device=device).view(1, *grid, 1), plain).flatten()
     return plain._replace(order=(order, order.argsort()))
+
+
+def labels(
+    grid: tuple[int, ...],
+    padded: tuple[int, ...],
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    mask_padding: bool,
+    device: torch.device | None,
+) -> Tensor:
+    """The region of every window's tokens, (W, N) int64."""
+    label = regions(grid, padded, shift, mask_padding=mask_padding, device=device)
+    return split(label[None, ..., None], window)[0, :, :, 0]
+
+
+@torch.compiler.assume_constant_result
+def known_labels(*given: Any) -> Tensor:
+    """`labels`, which a graph of torch.compile holds ready: made in it, they would be made again for every logit."""
+    return labels(*given)
 
 
 def regions(

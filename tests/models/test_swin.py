@@ -296,3 +296,34 @@ def test_export(micro, size):
     model, x = micro(), images(*size)
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), model(x))
+
+
+@torch.no_grad()
+def test_a_net_compiled_as_torch_does_by_default_takes_any_size_and_batch(micro):
+    """torch would trace a second size with symbols, for more than ten minutes; here each size is a graph, which all batches share."""
+    torch._dynamo.reset()
+    model, graphs = micro(depths=(2,), heads=(2,), window=((4, 4),)), []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    def answers_as_well(size, batch):
+        x = images(size, size, batch=batch)
+        assert torch.equal(compiled(x), model(x))
+
+    for size, batch in ((32, 2), (48, 2), (32, 3), (48, 3)):
+        answers_as_well(size, batch)
+    made = len(graphs)
+    for size, batch in ((32, 4), (48, 5)):
+        answers_as_well(size, batch)
+    assert len(graphs) == made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", ["table", "log-cpb"])
+def test_what_follows_from_sizes_alone_a_compiled_graph_holds_ready(micro, bias):
+    """Inductor folds no constant that begins with arange: position biases of frozen weights would be made for every batch."""
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(micro(bias=bias), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    compiled(images(32, 32))
+    (graph,) = graphs
+    assert not [node for node in graph.graph.nodes if node.target in (torch.arange, torch.zeros)]
