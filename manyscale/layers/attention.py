@@ -136,7 +136,7 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v, path=self.attention_path, budget=self.attention_budget)
-        return self.proj_drop(project(self.proj, out[:, 0].transpose(1, 2).flatten(-2)))
+        return self.proj_drop(project(self.proj, out.squeeze(1).transpose(1, 2).flatten(-2)))
 
 
 class CrossAttention(nn.Module):
@@ -156,4 +156,4 @@ class CrossAttention(nn.Module):
         q = project(self.q, queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)[:, None]  # (B, 1, H, M, d)
         k, v = project(self.kv, x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None]  # (B, 1, H, N, d) each
         out = attend(q, k, v, path=self.attention_path, budget=self.attention_budget)
-        return project(self.proj, out[:, 0].transpose(1, 2).flatten(-2))
+        return project(self.proj, out.squeeze(1).transpose(1, 2).flatten(-2))

@@ -77,7 +77,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
     if bias is not None:
         bias = (bias if mask is None else folded(bias, mask)).to(v.dtype)
     if bias is None or bias.dim() == 3:
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B·W, H, N, d)
+        # one window goes without reshaping, which exported is one operation less for an engine
+        q, k, v = (t.squeeze(1) if windows == 1 else t.flatten(0, 1) for t in (q, k, v))  # (B·W, H, N, d)
         bias = None if bias is None else bias[None]
     elif batch and q.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         # a picture at a time its windows are a batch of their own, and nothing need be copied
@@ -88,7 +89,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, W·H, N, d)
         bias = bias.flatten(0, 1)[None]  # (1, W·H, N, N)
     out = _torchs(q, k, v, bias, scaled, dropout)
-    return out.reshape(batch, windows, heads, *out.shape[-2:])
+    return out.unsqueeze(1) if windows == 1 else out.reshape(batch, windows, heads, *out.shape[-2:])
 
 
 def _torchs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaled: bool, dropout: float) -> Tensor:
