@@ -272,7 +272,7 @@ def _write(
         opset_version=OPSET,
         input_names=["images"],
         output_names=["logits"],
-        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort(), torch.ops.aten.index.Tensor: _gathered()},
     )
     file = folder / FILES["onnx"]
     if format == "onnx" and calibration is None:
@@ -312,6 +312,20 @@ def _stable_sort() -> Callable[..., Any]:
         return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
 
     return sort
+
+
+def _gathered() -> Callable[..., Any]:
+    """A look-up along one axis as ONNX's Gather, which engines do beforehand where all is known, as of position biases; not GatherND."""
+    from onnxscript import opset20 as op
+    from onnxscript.function_libs.torch_lib.ops.core import aten_index
+
+    def index(x: Any, indices: Any) -> Any:
+        (axis, *others) = [axis for axis, places in enumerate(indices) if places is not None]
+        if others or indices[axis].dtype.name != "INT64":
+            return aten_index(x, indices)
+        return op.Gather(x, indices[axis], axis=axis)
+
+    return index
 
 
 def _int8(model: Any, samples: Iterable[Any]) -> Any:
