@@ -63,7 +63,7 @@ class Stage(nn.Module):
         """(B, *grid, C) -> (B, *grid, C), before the merging; `window`: another than the one the stage was built with."""
         grid, window = tuple(x.shape[1:-1]), window or self.window
         keep = can_keep(x)
-        ordered = keep and x.device.type == "cpu" and not torch.is_grad_enabled()
+        ordered = x.device.type == "cpu" and not torch.is_grad_enabled() and (keep or torch.compiler.is_exporting())
         made = partial(self._places, grid, window, x.device, ordered)
         key = (grid, window, x.device, ordered, self.attention_path)
         layouts, *places, cuts = self.kept.get(key, made) if keep else made()

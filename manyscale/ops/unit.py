@@ -15,6 +15,9 @@ def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     found = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if torch.compiler.is_exporting() and not torch.is_grad_enabled():
+        # with a comparison between, OpenVINO lays all vectors out anew, and back again; and there is no gradient to make zero
+        return x * (length / found.clamp(min=LEAST))
     return x * (length / found.masked_fill(found < LEAST, torch.inf))
 
 

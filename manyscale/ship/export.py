@@ -29,6 +29,7 @@ from manyscale.models import Net
 from manyscale.models.settings import AtSetting
 from manyscale.ship.evaluate import Scored, pictures_for, recipe_of
 from manyscale.ship.measure import apart
+from manyscale.ship.onnx_ops import translations
 from manyscale.storage import read_json, sync, write_json
 from manyscale.tasks import classify
 from manyscale.tasks.pictures import Report
@@ -272,7 +273,7 @@ def _write(
         opset_version=OPSET,
         input_names=["images"],
         output_names=["logits"],
-        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort(), torch.ops.aten.index.Tensor: _gathered()},
+        custom_translation_table=translations(),
     )
     file = folder / FILES["onnx"]
     if format == "onnx" and calibration is None:
@@ -301,31 +302,6 @@ def _write(
 def _graph(net: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
     """Of two images, so that nothing is made for one alone."""
     return torch.export.export(net, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-
-
-def _stable_sort() -> Callable[..., Any]:
-    """ONNX's TopK of all: of equals it puts the earlier first, which a stable sort does."""
-    from onnxscript import opset20 as op
-
-    def sort(x: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-        length = op.Shape(x, start=dim, end=None if dim == -1 else dim + 1)
-        return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
-
-    return sort
-
-
-def _gathered() -> Callable[..., Any]:
-    """A look-up along one axis as ONNX's Gather, which engines do beforehand where all is known, as of position biases; not GatherND."""
-    from onnxscript import opset20 as op
-    from onnxscript.function_libs.torch_lib.ops.core import aten_index
-
-    def index(x: Any, indices: Any) -> Any:
-        (axis, *others) = [axis for axis, places in enumerate(indices) if places is not None]
-        if others or indices[axis].dtype.name != "INT64":
-            return aten_index(x, indices)
-        return op.Gather(x, indices[axis], axis=axis)
-
-    return index
 
 
 def _int8(model: Any, samples: Iterable[Any]) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,23 @@ def test_equal_scores_keep_the_earlier_token(tmp_path):
             block.attention.qkv.weight[:16] = 0
             block.attention.qkv.bias[:16] = 0
     assert export(net, tmp_path / "a name, with a comma", format="openvino", setting=setting).difference < 2e-6
+
+
+def test_engines_are_given_what_they_run_quickly(tmp_path):
+    """Of a shifted block: a look-up in, one out; keys transposed once; norms of tokens in a row; nothing compared, cut or rolled."""
+    needs("onnx")
+    import onnx
+
+    net, _ = net_of("v2")
+    export(net, tmp_path, format="onnx")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / FILES["onnx"])).graph
+    ops = Counter(node.op_type for node in graph.node)
+    assert not ops.keys() & {"GatherND", "ScatterND", "Less", "Concat", "Split", "TopK"}
+    assert ops["Slice"] == 4 * 3 and ops["Where"] == 1  # q, k and v; a mask into its bias, which is of weights alone
+    # patches; of 4 blocks qkv, keys, heads and position bias; into windows and out where none is shifted; merging
+    assert ops["Transpose"] == 1 + 4 * 4 + 3 * 2 + 1
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    assert {ranks[node.input[0]] for node in graph.node if node.op_type == "LayerNormalization"} == {3}
 
 
 # --- 8 bits --------------------------------------------------------------------------------------------------------------------
