@@ -7,16 +7,17 @@ import argparse
 import platform
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch._inductor.config
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from manyscale.models import build
 from manyscale.presets import model_config
-from manyscale.ship.bench import OURS, compiled_for, product_rate
+from manyscale.ship.bench import OURS, compiled_for, product_rate, step
 from manyscale.ship.peers import peer, randomise
 from manyscale.storage import origin, write, write_json
 
@@ -33,14 +34,14 @@ KINDS = {  # of operations, by what their names hold; the first that does
 }
 
 
-def times(net: Callable[[Tensor], Tensor], images: Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds of a batch by kind of operation: what each operation takes itself, without those that it calls."""
-    with torch.inference_mode(), torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+def times(call: Callable[[], None], rounds: int) -> dict[str, float]:
+    """Milliseconds of a call by kind of operation: what each operation takes itself, without those that it calls."""
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
         for _ in range(3):
-            net(images)
+            call()
         with profile(activities=[ProfilerActivity.CPU]) as found:
             for _ in range(rounds):
-                net(images)
+                call()
     spent: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
         kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "the rest")
@@ -49,28 +50,47 @@ def times(net: Callable[[Tensor], Tensor], images: Tensor, rounds: int) -> dict[
 
 
 def measure(
-    name: str, against: list[str], size: int, window: int, batch: int, precision: torch.dtype, rounds: int, compiled: bool
+    name: str,
+    against: list[str],
+    size: int,
+    window: int,
+    batch: int,
+    precision: torch.dtype,
+    rounds: int,
+    *,
+    compiled: bool,
+    training: bool,
 ) -> dict[str, object]:
-    """Of every net, and if asked of every net compiled too, and what the device gives at best."""
+    """Of every net, and if asked of every net compiled too, and what the device gives at best; types and steps as in `manyscale bench`."""
     torch.manual_seed(0)
     fields = {key: value for key, value in (("image_size", size), ("window", window)) if value}
     config = model_config(name, **fields, drop_path=0.0)
     ours = randomise(build(config)).eval()
     nets: dict[str, nn.Module] = {OURS: ours, **{other: peer(other, ours) for other in against}}
-    runs: dict[str, Callable[[Tensor], Tensor]] = {}
+    images, labels = torch.randn(batch, 3, *config.size), None
+    if training:
+        labels = torch.arange(batch) % config.classes
+        way = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    else:
+        nets, images = {key: net.to(precision) for key, net in nets.items()}, images.to(precision)
+        way = torch.inference_mode()
+    steps: dict[str, Callable[[], None]] = {}
     for key, net in nets.items():
-        runs[key] = net.to(precision)
+        net.train(training)
+        steps[key] = partial(step, net, net, images, labels)
         if compiled:
-            runs[f"{key}, compiled"] = compiled_for(net, False)
-    images = torch.randn(batch, 3, *config.size).to(precision)
+            steps[f"{key}, compiled"] = partial(step, net, compiled_for(net, training), images, labels)
+    with way:
+        found = {key: times(each, rounds) for key, each in steps.items()}
     return {
         "model": name,
         "image size": list(config.size),
         "window": window or getattr(config, "window", 0),
         "batch": batch,
+        "training": training,
         "precision": str(precision).removeprefix("torch."),
         "GFLOPs a second of a matrix product": 2e-9 * product_rate(torch.device("cpu"), precision),
-        "milliseconds": {key: times(run, images, rounds) for key, run in runs.items()},
+        "milliseconds": found,
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
         **origin(),
     }
@@ -80,7 +100,10 @@ def table(found: dict) -> str:
     """Markdown: milliseconds by kind."""
     nets = found["milliseconds"]
     kinds = [*KINDS, "the rest"]
-    lines = [f"| ms a batch of {found['batch']} | {' | '.join(nets)} |", f"|---|{'---|' * len(nets)}"]
+    lines = [
+        f"| ms a {'training step' if found['training'] else 'batch'} of {found['batch']} | {' | '.join(nets)} |",
+        f"|---|{'---|' * len(nets)}",
+    ]
     kinds = [kind for kind in kinds if any(net.get(kind) for net in nets.values())]
     lines += [f"| {kind} | {' | '.join(f'{net.get(kind, 0):.0f}' for net in nets.values())} |" for kind in kinds]
     lines.append(f"| together | {' | '.join(f'{sum(net.values()):.0f}' for net in nets.values())} |")
@@ -99,14 +122,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--train", action="store_true", help="a forward and backward pass, under autocast where not in float32")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", default="")
     given = parser.parse_args()
     precision = getattr(torch, given.dtype)
-    found = measure(given.model, given.against, given.image_size, given.window, given.batch, precision, given.rounds, given.compile)
+    found = measure(
+        given.model, given.against, given.image_size, given.window, given.batch, precision, given.rounds,
+        compiled=given.compile, training=given.train,
+    )  # fmt: skip
     print(table(found))
     if given.out:
-        name = f"{given.model}-{found['image size'][0]}-{found['window']}-{given.dtype}"
+        name = f"{given.model}-{found['image size'][0]}-{found['window']}-{'train-' * given.train}{given.dtype}"
         Path(given.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(given.out) / f"{name}.json", found)
         write(Path(given.out) / f"{name}.md", table(found))

@@ -132,7 +132,7 @@ def bench(
         calls: dict[tuple[str, bool], Callable[[], Any]] = {}
         for key, net in nets.items():
             for way in (False, True) if compiled else (False,):
-                calls[key, way] = partial(_step, net, compiled_for(net, training) if way else net, images, labels if training else None)
+                calls[key, way] = partial(step, net, compiled_for(net, training) if way else net, images, labels if training else None)
         seconds = _in_turns(calls, device, rounds, seed)
         peaks = {key: peak(call, device) for key, call in calls.items()}
         product = product_rate(device, precision)
@@ -176,7 +176,8 @@ def differences(nets: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
     return found
 
 
-def _step(net: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor | None) -> None:
+def step(net: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor | None) -> None:
+    """Images through `run`, which is the net or its compiled form; with labels a backward pass too, of the mean cross-entropy."""
     logits = run(images)
     if labels is not None:
         F.cross_entropy(logits, labels).backward()
